@@ -1,0 +1,36 @@
+# Every command a person needs. `make demo` and `make test` do all set-up themselves.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint format clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements/cpu.txt pyproject.toml
+	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $$(wc -l < requirements/cpu.txt) pinned packages into $(VENV) (about two minutes) ..."
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile $(PIP_ARGS) -r requirements/cpu.txt || { \
+	  echo "make setup: pip could not install requirements/cpu.txt; if it found no torch==2.13.0+cpu, your package index carries no CPU build of PyTorch: name one that does, with make setup PIP_ARGS='--extra-index-url URL'." >&2; exit 1; }
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	$(RUN)/trifleet demo
+
+test: setup
+	$(RUN)/python -m pytest tests
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: setup
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,43 @@
+"""The one set of settings that decides what is kept and when. Owns their validation; everything else reads it."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Selection = Literal["per_head", "per_layer_per_head"]
+
+
+class CompressionConfig(BaseModel):
+    """Compression settings of one engine; `additional_config["triattention"]` of vLLM holds them as a dict.
+
+    All sizes are in tokens. Raises `pydantic.ValidationError` with one sentence per wrong setting.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget: int = Field(2048, ge=32, description="tokens kept per KV head after a compaction, pinned prompt aside")
+    interval: int = Field(128, ge=1, description="tokens that a request decodes between two compactions")
+    window: int = Field(128, ge=0, description="most recent tokens that are always kept")
+    prompt: Literal["pin", "compress"] = Field(
+        "pin", description="pin: prompt blocks are never compacted; compress: they are, at chunk boundaries"
+    )
+    selection: Selection = Field(
+        "per_head", description="per_head: a head's kept set is shared by all layers; per_layer_per_head: it is not"
+    )
+    policy: str = Field("triattention", description="name of a registered scoring policy")
+    statistics: Path | None = Field(None, description="calibrated query statistics (safetensors) of the model")
+
+    @model_validator(mode="after")
+    def _check(self) -> "CompressionConfig":
+        if self.window >= self.budget:
+            raise ValueError(
+                f"window is {self.window} but budget is {self.budget}: the recent window is part of the budget, "
+                "so set window below budget"
+            )
+        if self.policy == "triattention" and self.statistics is None:
+            raise ValueError(
+                'policy is "triattention" but statistics is not set: name the file that `trifleet calibrate` wrote '
+                "for this model, or choose a policy that needs none"
+            )
+        return self
