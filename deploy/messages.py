@@ -2,31 +2,9 @@
 
 from dataclasses import dataclass
 
-from triattention.config import CompressionConfig
-from triattention.report import EngineReport
+from replicas.messages import CapacityReport, ReplicaLimits
 
-
-@dataclass(frozen=True)
-class ReplicaLimits:
-    """What never changes while a replica lives; sent with every report so that a restarted coordinator knows it."""
-
-    max_model_len: int
-    compression: CompressionConfig | None
-
-
-@dataclass(frozen=True)
-class CapacityReport:
-    """One replica's view of itself. `epoch` is new for every engine start; `sequence` grows by one a report."""
-
-    replica: str
-    epoch: str
-    sequence: int
-    limits: ReplicaLimits
-    engine: EngineReport
-    held_blocks: dict[str, int]
-    """Reservation id -> blocks held now, for the requests that this report knows."""
-    finished: tuple[str, ...] = ()
-    """Reservation ids that ended since the last report."""
+__all__ = ["CapacityReport", "Decision", "Demand", "Placement", "Refusal", "ReplicaLimits"]
 
 
 @dataclass(frozen=True)

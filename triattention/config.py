@@ -25,6 +25,9 @@ class CompressionConfig(BaseModel):
     selection: Selection = Field(
         "per_head", description="per_head: a head's kept set is shared by all layers; per_layer_per_head: it is not"
     )
+    reserve_growth: bool = Field(
+        True, description="admit a request only if every running one can still grow to its bound: no preemption"
+    )
     policy: str = Field("triattention", description="name of a registered scoring policy")
     statistics: Path | None = Field(None, description="calibrated query statistics (safetensors) of the model")
 

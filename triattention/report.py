@@ -27,7 +27,6 @@ class EngineReport:
     peak_blocks_per_request: int = 0
     held_blocks: dict[str, int] = field(default_factory=dict)
     """vLLM's internal request id -> blocks it holds."""
-    compaction_seconds: float = 0.0
 
     @property
     def reclaimed_bytes(self) -> int:

@@ -1,0 +1,30 @@
+"""The vLLM extension, and the only package that imports vLLM's internals.
+
+`engine_arguments` is how a program starts an engine with compression; for `vllm serve` the same three values are
+`--worker-cls`, `--scheduler-cls` and `--additional-config`.
+"""
+
+from typing import Any
+
+from triattention.config import CompressionConfig
+
+
+def register() -> None:
+    """Entry point of group `vllm.general_plugins`: vLLM calls it in every process that it starts."""
+    import triattention.vllm.kv_manager  # noqa: F401  (registers the KV-cache spec on import)
+
+
+def engine_arguments(config: CompressionConfig | None) -> dict[str, Any]:
+    """Keyword arguments for vLLM's `EngineArgs` or `AsyncEngineArgs`.
+
+    With None nothing is compacted, and the scheduler only sends the reports that `EngineReportLogger` receives:
+    an engine that is given these arguments needs that logger, because vLLM's own loggers stumble over the reports.
+    """
+    arguments: dict[str, Any] = {
+        "scheduler_cls": "triattention.vllm.scheduler.CompactionScheduler",
+        "additional_config": {"triattention_reports": True},
+    }
+    if config is not None:
+        arguments["worker_cls"] = "triattention.vllm.worker.CompactionWorker"
+        arguments["additional_config"]["triattention"] = config.model_dump(mode="json")
+    return arguments

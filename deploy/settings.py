@@ -1,0 +1,219 @@
+"""The fleet's settings: one validated model, read from one YAML file. Owns defaults and the sentences for mistakes.
+
+What the settings mean is decided elsewhere: the engine's in `replicas/`, compression in `triattention.config`,
+the coordinator's in `admission.py`.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+import bundled
+from triattention.config import CompressionConfig
+
+BUNDLED = "bundled"
+
+# Arguments that FleetSettings or triattention.vllm set: naming them again in `engine.extra` would silently
+# change what compression or the ledger relies on.
+MANAGED_ARGUMENTS = frozenset(
+    {
+        "model",
+        "served_model_name",
+        "dtype",
+        "max_model_len",
+        "block_size",
+        "num_gpu_blocks_override",
+        "kv_cache_memory_bytes",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "scheduler_cls",
+        "worker_cls",
+        "additional_config",
+    }
+)
+
+
+class SettingsError(ValueError):
+    """The settings cannot be used; the message is one sentence per mistake, one per line."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineSettings(_Settings):
+    """One vLLM engine. Names follow `vllm.AsyncEngineArgs`; sizes in tokens, blocks or bytes as named."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int = Field(8192, ge=1, description="tokens, prompt and output")
+    block_size: int | None = Field(None, ge=1, description="tokens per KV block; None: vLLM's default")
+    num_gpu_blocks: int | None = Field(None, ge=2, description="KV blocks, on a CPU too (num_gpu_blocks_override)")
+    kv_cache_memory_bytes: int | None = Field(None, ge=1, description="KV memory; or leave both to vLLM")
+    max_num_seqs: int = Field(64, ge=1, description="sequences that decode at once")
+    max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens per step; None: vLLM's default")
+    extra: dict[str, Any] = Field(default_factory=dict, description="further AsyncEngineArgs, passed as they are")
+
+    @field_validator("extra")
+    @classmethod
+    def _extra_is_free(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        for name in extra:
+            if name in MANAGED_ARGUMENTS:
+                raise ValueError(f"{name} is set by the fleet itself: use its own setting instead of engine.extra")
+        return extra
+
+    @model_validator(mode="after")
+    def _one_pool_size(self) -> "EngineSettings":
+        if self.num_gpu_blocks is not None and self.kv_cache_memory_bytes is not None:
+            raise ValueError(
+                f"num_gpu_blocks is {self.num_gpu_blocks} and kv_cache_memory_bytes is {self.kv_cache_memory_bytes}: "
+                "both set the size of the KV pool, so keep one of them"
+            )
+        return self
+
+
+class CoordinatorSettings(_Settings):
+    """Admission and placement. Times in seconds, sizes in requests, tokens or blocks as named."""
+
+    queue_length: int = Field(256, ge=0, description="requests that may wait; 0: never wait")
+    queue_deadline_seconds: float = Field(60.0, gt=0, description="longest wait before a 503")
+    aging_seconds: float = Field(10.0, gt=0, description="waiting this long is worth one step of priority")
+    lease_seconds: float = Field(30.0, gt=0, description="a reservation that no report mentions for so long ends")
+    stale_report_seconds: float = Field(2.0, gt=0, description="a replica silent for so long gets nothing new")
+    heartbeat_seconds: float = Field(0.2, gt=0, description="longest time between two reports of a replica")
+    watermark_blocks: int = Field(0, ge=0, description="blocks per replica that admission leaves free")
+    short_request_tokens: int = Field(
+        1024, ge=0, description="requests of up to so many tokens (prompt and output, all sequences) are short"
+    )
+    long_placement: str = Field("most_headroom", description="placement policy of long requests")
+    short_placement: str = Field("least_loaded_of_two", description="placement policy of short requests")
+
+    @field_validator("long_placement", "short_placement")
+    @classmethod
+    def _policy_exists(cls, name: str) -> str:
+        from deploy.placement import POLICIES
+
+        if name not in POLICIES:
+            raise ValueError(f'there is no placement policy "{name}": choose one of {", ".join(sorted(POLICIES))}')
+        return name
+
+    @model_validator(mode="after")
+    def _silence_is_longer_than_heartbeat(self) -> "CoordinatorSettings":
+        if self.stale_report_seconds <= self.heartbeat_seconds:
+            raise ValueError(
+                f"stale_report_seconds is {self.stale_report_seconds:g} but heartbeat_seconds is "
+                f"{self.heartbeat_seconds:g}: every replica would look stale, so raise stale_report_seconds"
+            )
+        return self
+
+
+class HttpSettings(_Settings):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+
+
+class FleetSettings(_Settings):
+    """A whole fleet. `model` is a path, a model id, or the word `bundled`."""
+
+    model: str = BUNDLED
+    served_model_name: str = Field(min_length=1, description="the name that clients ask for")
+    replicas: int = Field(1, ge=1)
+    cpus_per_replica: float = Field(1.0, ge=0)
+    gpus_per_replica: float = Field(0.0, ge=0)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    compression: CompressionConfig | None = Field(None, description="null: plain vLLM, still reported")
+    coordinator: CoordinatorSettings = Field(default_factory=CoordinatorSettings)
+    http: HttpSettings = Field(default_factory=HttpSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bundled_statistics(cls, values: Any) -> Any:
+        """The bundled model brings its statistics: fill them in where the file names none."""
+        if not isinstance(values, dict) or values.get("model", BUNDLED) != BUNDLED:
+            return values
+        compression = values.get("compression")
+        if isinstance(compression, dict) and compression.get("statistics") is None:
+            compression = {**compression, "statistics": bundled.STATISTICS}
+            return {**values, "compression": compression}
+        return values
+
+    @property
+    def model_path(self) -> str:
+        """What vLLM loads: the bundled model's folder, or `model` as it is."""
+        return str(bundled.MODEL) if self.model == BUNDLED else self.model
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `vllm.AsyncEngineArgs`, without those of `triattention.vllm.engine_arguments`."""
+        engine = self.engine
+        optional = {
+            "block_size": engine.block_size,
+            "num_gpu_blocks_override": engine.num_gpu_blocks,
+            "kv_cache_memory_bytes": engine.kv_cache_memory_bytes,
+            "max_num_batched_tokens": engine.max_num_batched_tokens,
+        }
+        return {
+            "model": self.model_path,
+            "served_model_name": self.served_model_name,
+            "dtype": engine.dtype,
+            "max_model_len": engine.max_model_len,
+            "max_num_seqs": engine.max_num_seqs,
+            **{name: value for name, value in optional.items() if value is not None},
+            **engine.extra,
+        }
+
+    def without_compression(self) -> "FleetSettings":
+        """The same fleet with the same KV memory, compression off."""
+        return self.model_copy(update={"compression": None})
+
+
+def load_settings(path: Path) -> FleetSettings:
+    """Read and check a settings file. Raises `SettingsError`."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise SettingsError(f"there is no settings file {path}: name one with --config") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path} holds no settings: write `name: value` lines, as in deploy/configs/local.yaml")
+    return parse_settings(values, str(path))
+
+
+def parse_settings(values: dict[str, Any], source: str = "settings") -> FleetSettings:
+    """Check settings that were read elsewhere; `source` begins each sentence. Raises `SettingsError`."""
+    try:
+        return FleetSettings.model_validate(values)
+    except ValidationError as error:
+        sentences = [f"{source}: {_sentence(cast(dict[str, Any], e))}" for e in error.errors()]
+        raise SettingsError("\n".join(sentences)) from None
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """One pydantic error as a sentence that names the setting, its value and what is wrong with it."""
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_names(error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"known here are {', '.join(known)}"
+        return f"{name} is not a setting: {remedy}"
+    if error["type"] == "missing":
+        return f"{name} is missing: set it"
+    if error["type"] == "value_error":
+        reason = str(error["ctx"]["error"])
+        return f"{name}: {reason}" if name else reason
+    message = error["msg"].removeprefix("Input ")
+    return f"{name} is {error['input']!r}: it {message}"
+
+
+def _known_names(location: tuple[int | str, ...]) -> list[str]:
+    """The settings that exist at a place such as ("engine",)."""
+    parts: dict[str, type[BaseModel]] = {
+        "engine": EngineSettings,
+        "coordinator": CoordinatorSettings,
+        "http": HttpSettings,
+        "compression": CompressionConfig,
+    }
+    model = parts[str(location[0])] if location else FleetSettings
+    return sorted(model.model_fields)

@@ -1,0 +1,105 @@
+"""One vLLM engine behind vLLM's own OpenAI application. The only file that imports vLLM's front end.
+
+Owns the engine's start, its statistics tap and its end. Knows nothing of Ray.
+"""
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from fastapi import FastAPI
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from triattention.report import REPORT_KEY
+from triattention.vllm import engine_arguments
+
+__all__ = ["Engine"]
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class _ReportTap(StatLoggerBase):
+    """Hands every engine report (`EngineReport` as a dict) to a listener, in the event loop of the engine."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is not None and scheduler_stats.kv_connector_stats is not None:
+            self._listener(scheduler_stats.kv_connector_stats[REPORT_KEY])
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+
+class Engine:
+    """A started AsyncLLM and the FastAPI application that answers for it."""
+
+    def __init__(self, client: AsyncLLM, app: FastAPI) -> None:
+        self._client = client
+        self.app = app
+        self.max_model_len: int = client.model_config.max_model_len
+
+    @classmethod
+    async def start(cls, arguments: dict[str, Any], compression: Any, listener: Listener) -> "Engine":
+        """Start an engine from `vllm serve` arguments by their Python names.
+
+        `listener` is called after every engine step. Raises ValueError for an argument that vLLM has not.
+        """
+        args = _serve_arguments({**arguments, **engine_arguments(compression)})
+
+        def tap(config: VllmConfig, index: int) -> StatLoggerBase:
+            return _ReportTap(listener)
+
+        client = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), stat_loggers=[tap])
+        tasks = await client.get_supported_tasks()
+        app = build_app(args, tasks, client.model_config)
+        await init_app_state(client, app.state, args, tasks)
+        # vLLM's handler of a dead engine tells its own server to stop; here Ray Serve's health check does.
+        app.state.server = SimpleNamespace()
+        engine = cls(client, app)
+        await engine._first_step()
+        return engine
+
+    async def _first_step(self) -> None:
+        """One token, so that the first report exists before the first request and a broken engine never serves."""
+        params = SamplingParams(max_tokens=1, temperature=0)
+        async for _ in self._client.generate({"prompt_token_ids": [0]}, params, "first-step"):
+            pass
+
+    async def check(self) -> None:
+        """Raises if the engine is dead."""
+        await self._client.check_health()
+
+    def stop(self) -> None:
+        self._client.shutdown(timeout=5)
+
+
+def _serve_arguments(values: dict[str, Any]) -> Namespace:
+    """All of `vllm serve`'s arguments at their defaults, but for `values`."""
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    unknown = sorted(set(values) - set(vars(args)))
+    if unknown:
+        raise ValueError(f"vLLM has no argument {', '.join(unknown)}: correct engine.extra in the settings")
+    vars(args).update(values)
+    # vLLM's periodic log line and its default loggers stay off: the tap and Prometheus remain.
+    args.disable_log_stats = True
+    if isinstance(args.served_model_name, str):
+        args.served_model_name = [args.served_model_name]
+    return args

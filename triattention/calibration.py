@@ -1,0 +1,200 @@
+"""Calibration: runs a model over text and averages its queries, after the query norm and before RoPE.
+
+Owns the capture and the running sums. `triattention.statistics` owns what comes out of it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from triattention.rope import ROTATION, RopeParameters, find_rotation_module
+from triattention.statistics import QueryStatistics, model_facts
+
+Capture = Callable[[int, Tensor, Tensor], None]
+"""Called with layer index, queries before RoPE and queries after it, both [1, q_heads, tokens, head_dim]."""
+
+# Text files are tokenised in pieces of whole lines of about this many characters.
+_PIECE_CHARACTERS = 1 << 16
+
+
+def calibrate(
+    model: Path,
+    text: Iterable[str] | Path,
+    out: Path | None,
+    chunk_tokens: int = 4096,
+    max_tokens: int = 500_000,
+    on_progress: Callable[[int, int], None] | None = None,
+    device: str = "cpu",
+) -> QueryStatistics:
+    """Query statistics of a local causal language model over `text`; written to `out` if that is set.
+
+    `model`: folder of config, safetensors and tokenizer as transformers saves them; its code is never loaded.
+    `text`: documents as the model would see them (chat template applied), or one text file. A document is run
+    in chunks of `chunk_tokens`, each from position 0 and with the tokenizer's BOS before it if it has one,
+    until
+    `max_tokens` tokens were seen. Statistics want text like the traffic: 100,000 tokens of it are plenty.
+    `on_progress(tokens so far, max_tokens)` is called after every chunk; at the end with both equal.
+
+    Memory: the model, one chunk's activations, and fp64 sums of [layers, q_heads, bands].
+    Raises ValueError in one sentence where the model's queries cannot be captured, or there is no text.
+    """
+    if isinstance(text, str):
+        raise ValueError("text is a single string: pass a list of documents, or a Path to a text file")
+    if chunk_tokens < 2:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs room for BOS and text, so set it to 2 or more")
+    config = AutoConfig.from_pretrained(model)
+    rope = RopeParameters.from_config(config)
+    network = (
+        AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(device).eval()
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    facts = model_facts(config)
+    sums = _Sums(rope, facts["num_attention_heads"])
+    seen = 0
+    with torch.inference_mode(), captured_queries(network, sums.add):
+        for chunk in _chunks(tokenizer, text, chunk_tokens, max_tokens):
+            # The base model stops at the last hidden state: no logits of [tokens, vocabulary].
+            network.base_model(input_ids=torch.tensor([chunk], device=device), use_cache=False)
+            seen += len(chunk)
+            if on_progress is not None:
+                on_progress(seen, max_tokens)
+    if seen == 0:
+        raise ValueError("the calibration text is empty: pass some text like the model's traffic")
+    if on_progress is not None:
+        on_progress(seen, seen)
+
+    layers, mean, magnitude = sums.means()
+    statistics = QueryStatistics(
+        model_id=model.resolve().name,
+        facts=facts,
+        rope=rope,
+        layers=layers,
+        tokens=seen,
+        query_mean=mean,
+        query_magnitude=magnitude,
+    )
+    if out is not None:
+        statistics.save(out)
+    return statistics
+
+
+@contextmanager
+def captured_queries(model: nn.Module, capture: Capture) -> Iterator[None]:
+    """While open, `capture` gets the queries of every attention layer that the model runs.
+
+    transformers' attention layers call `apply_rotary_pos_emb` of their modeling file with the queries as RoPE
+    needs them, so after any query norm: it is wrapped there. A hook on each module that knows its layer index
+    says which layer is calling. Not for two models of one architecture at a time.
+    """
+    code = find_rotation_module(model)
+    rotation = getattr(code, ROTATION)
+    layer = -1
+
+    def enter(module: nn.Module, _args: object) -> None:
+        nonlocal layer
+        assert isinstance(module.layer_idx, int)
+        layer = module.layer_idx
+
+    def wrapped(q: Tensor, k: Tensor, *args: Tensor, **kwargs: int) -> tuple[Tensor, Tensor]:
+        rotated: tuple[Tensor, Tensor] = rotation(q, k, *args, **kwargs)
+        capture(layer, q, rotated[0])
+        return rotated
+
+    numbered = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    hooks = [m.register_forward_pre_hook(enter) for m in numbered]
+    setattr(code, ROTATION, wrapped)
+    try:
+        yield
+    finally:
+        setattr(code, ROTATION, rotation)
+        for hook in hooks:
+            hook.remove()
+
+
+class _Sums:
+    """Running fp64 sums of q and |q| per layer, query head and band."""
+
+    def __init__(self, rope: RopeParameters, q_heads: int) -> None:
+        self.rope = rope
+        self.q_heads = q_heads
+        self.tokens: dict[int, int] = {}
+        self.query: dict[int, Tensor] = {}
+        self.magnitude: dict[int, Tensor] = {}
+
+    def add(self, layer: int, queries: Tensor, rotated: Tensor) -> None:
+        if queries.dim() != 4 or queries.shape[1] != self.q_heads or queries.shape[3] != self.rope.head_dim:
+            raise ValueError(
+                f"queries of layer {layer} have shape {tuple(queries.shape)} before RoPE, not [1, {self.q_heads}, "
+                f"tokens, {self.rope.head_dim}]: this architecture cannot be calibrated"
+            )
+        if layer not in self.tokens:
+            self._check_rotation(layer, queries, rotated)
+            self.tokens[layer] = 0
+            self.query[layer] = torch.zeros(self.q_heads, self.rope.bands, dtype=torch.complex128)
+            self.magnitude[layer] = torch.zeros(self.q_heads, self.rope.bands, dtype=torch.float64)
+        bands = self.rope.as_complex(queries[0])
+        self.tokens[layer] += bands.shape[1]
+        self.query[layer] += bands.sum(dim=1, dtype=torch.complex128).cpu()
+        self.magnitude[layer] += bands.abs().sum(dim=1, dtype=torch.float64).cpu()
+
+    def _check_rotation(self, layer: int, queries: Tensor, rotated: Tensor) -> None:
+        """The layer must rotate by the table that scoring will use; some models give layers tables of their
+        own.
+        """
+        first = queries[:, :, :64]
+        expected = self.rope.rotate(first, torch.arange(first.shape[2], device=first.device))
+        error = (rotated[:, :, :64].double() - expected).abs().max() / expected.abs().max()
+        if error > 4 * torch.finfo(torch.bfloat16).eps:
+            raise ValueError(
+                f"layer {layer} rotates its queries by another table than the model's RoPE parameters say: this "
+                "architecture cannot be calibrated"
+            )
+
+    def means(self) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        """Layers in order, E[q] complex64 and E|q| fp32, both [layers, q_heads, bands]."""
+        layers = tuple(sorted(self.tokens))
+        mean = torch.stack([self.query[layer] / self.tokens[layer] for layer in layers])
+        magnitude = torch.stack([self.magnitude[layer] / self.tokens[layer] for layer in layers])
+        return layers, mean.to(torch.complex64), magnitude.float()
+
+
+def _chunks(
+    tokenizer: PreTrainedTokenizerBase, text: Iterable[str] | Path, chunk_tokens: int, max_tokens: int
+) -> Iterator[list[int]]:
+    """Token ids of the text, at most `chunk_tokens` at a time and `max_tokens` in all, BOS included."""
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
+    documents = [_pieces(text)] if isinstance(text, Path) else ([document] for document in text)
+    left = max_tokens
+    for document in documents:
+        pending: list[int] = []
+        for piece in document:
+            pending += tokenizer(piece, add_special_tokens=False).input_ids
+            while len(pending) >= chunk_tokens and left > 0:
+                chunk, pending = _cut(pending, bos, min(chunk_tokens, left))
+                left -= len(chunk)
+                yield chunk
+            if left <= 0:
+                return
+        while pending and left > 0:
+            chunk, pending = _cut(pending, bos, min(chunk_tokens, left))
+            left -= len(chunk)
+            yield chunk
+
+
+def _cut(tokens: list[int], bos: list[int], size: int) -> tuple[list[int], list[int]]:
+    """The next chunk of at most `size` tokens, beginning with `bos`, and the tokens that are left."""
+    prefix = [] if tokens[: len(bos)] == bos else bos
+    taken = size - len(prefix)
+    return prefix + tokens[:taken], tokens[taken:]
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The file's text in pieces that end at line ends."""
+    with path.open(encoding="utf-8") as file:
+        while lines := file.readlines(_PIECE_CHARACTERS):
+            yield "".join(lines)

@@ -1,0 +1,24 @@
+"""TriAttention: keep the keys that the model's own queries, as calibrated, will go on reading."""
+
+import torch
+
+from triattention.config import CompressionConfig
+from triattention.policies.base import Policy, PolicyContext, register
+from triattention.scoring import Scorer
+from triattention.statistics import QueryStatistics
+
+
+@register("triattention")
+class TriAttention(Policy):
+    """Expected attention of future queries to each key, from query statistics (see `triattention.scoring`).
+
+    `config.statistics` names the file; one that is missing or does not fit the model raises ValueError.
+    """
+
+    def __init__(self, config: CompressionConfig, context: PolicyContext) -> None:
+        assert config.statistics is not None, "CompressionConfig checks that this policy has statistics"
+        statistics = QueryStatistics.load(config.statistics, context.model_config, context.layers)
+        self.scorer = Scorer(statistics, context.layers, context.kv_heads)
+
+    def score(self, keys: torch.Tensor, position: int) -> torch.Tensor:
+        return self.scorer.score(keys, position)

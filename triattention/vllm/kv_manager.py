@@ -1,0 +1,206 @@
+"""The KV-cache spec and manager: a full-attention group whose requests hold a bounded number of blocks.
+
+The manager alone decides every compaction, in the call that vLLM makes before each allocation. It replaces dead
+blocks by vLLM's null block, as `SlidingWindowManager` and `RSWAManager` do, and queues an order for the workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from triattention.bounds import blocks_bound, cdiv
+from triattention.compaction import first_live_block
+from triattention.config import CompressionConfig
+from triattention.vllm.orders import CompactionOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactedAttentionSpec(FullAttentionSpec):
+    """Full attention whose KV cache is compacted to `compression.budget` tokens behind the pinned prompt."""
+
+    compression: CompressionConfig
+    decode_in_flight_tokens: int
+    """Most tokens of one decoding request that are scheduled but not processed."""
+    chunk_in_flight_tokens: int
+    """The same for a request that is (re-)prefilled in chunks."""
+
+    @classmethod
+    def from_full_attention(
+        cls, spec: FullAttentionSpec, config: CompressionConfig, vllm_config: VllmConfig
+    ) -> Self:
+        scheduler = vllm_config.scheduler_config
+        batches = vllm_config.max_concurrent_batches
+        chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+        return cls(
+            **{field.name: getattr(spec, field.name) for field in fields(spec)},
+            compression=config,
+            decode_in_flight_tokens=batches,
+            chunk_in_flight_tokens=batches * min(chunk, scheduler.max_num_batched_tokens),
+        )
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """As `RSWASpec.merge`: the parent merges the common fields, ours must agree and are put back."""
+        first = specs[0]
+        own = {name: getattr(first, name) for name in cls.__annotations__}
+        if any(own != {name: getattr(spec, name) for name in own} for spec in specs):
+            raise ValueError("All layers of one KV-cache group must have the same compression settings.")
+        base = FullAttentionSpec.merge([spec.plain() for spec in specs])
+        return cls(**{field.name: getattr(base, field.name) for field in fields(base)}, **own)
+
+    def plain(self) -> FullAttentionSpec:
+        return FullAttentionSpec(
+            **{field.name: getattr(self, field.name) for field in fields(FullAttentionSpec)}
+        )
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes that a request of max_model_len with a prompt of one block can hold: what start-up must find free."""
+        blocks = blocks_bound(
+            prompt_tokens=1,
+            total_tokens=vllm_config.model_config.max_model_len,
+            block_size=self.block_size,
+            config=self.compression,
+            in_flight_tokens=self.chunk_in_flight_tokens,
+        )
+        return blocks * self.page_size_bytes
+
+
+class CompactedAttentionManager(FullAttentionManager):
+    """Bounded block tables. Never writes to, or publishes a hash of, anything that is not exact.
+
+    Per request the table reads `[pinned prompt blocks] [null blocks] [live blocks]`.
+    """
+
+    def __init__(self, kv_cache_spec: CompactedAttentionSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.spec = kv_cache_spec
+        self.config = kv_cache_spec.compression
+        self.requests: dict[str, Request] = {}
+        """The scheduler's table of requests; the scheduler shares it here after construction."""
+        self.first_live: dict[str, int] = {}
+        """Request id -> index of its first live block; absent until its first compaction."""
+        self.orders: list[CompactionOrder] = []
+        self.compactions = 0
+        self.freed_blocks = 0
+        self.evicted_tokens = 0
+        self.stranded_slots = 0
+
+    def pinned_blocks(self, prompt_tokens: int) -> int:
+        return cdiv(prompt_tokens, self.block_size) if self.config.prompt == "pin" else 0
+
+    def held_blocks(self, request_id: str) -> int:
+        blocks = len(self.req_to_blocks.get(request_id, ()))
+        first_live = self.first_live.get(request_id)
+        if first_live is None:
+            return blocks
+        return blocks - first_live + self.pinned_blocks(self.requests[request_id].num_prompt_tokens)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Compact the request if it is due: null its dead blocks, free them and queue the order."""
+        blocks = self.req_to_blocks.get(request_id)
+        if not blocks or num_prompt_tokens is None:
+            return  # first allocation: prefix-cache hits are counted as processed before they are attached
+        pinned = self.pinned_blocks(num_prompt_tokens)
+        start = self.first_live.get(request_id, pinned)
+        cut = first_live_block(processed_computed_tokens, start, self.block_size, self.config)
+        if cut is None:
+            return
+        end = cdiv(processed_computed_tokens, self.block_size)
+        self.orders.append(
+            CompactionOrder(
+                request_id=request_id,
+                group=self.kv_cache_group_id,
+                processed_tokens=processed_computed_tokens,
+                first_dead_block=start,
+                first_live_block=cut,
+                block_ids=tuple(block.block_id for block in blocks[start:end]),
+                protected_blocks=tuple(i - start for i in range(cut, end) if blocks[i].ref_cnt > 1),
+            )
+        )
+        for block in blocks[cut:end]:
+            if block.ref_cnt == 1:
+                # Holes in it are about to be filled: it no longer holds what its hash says.
+                self.block_pool._maybe_evict_cached_block(block)
+        free_before = self.block_pool.get_num_free_blocks()
+        self._remove_blocks_in_range(request_id, start, cut)
+        self.first_live[request_id] = cut
+
+        live_tokens = processed_computed_tokens - start * self.block_size
+        kept_tokens = processed_computed_tokens - cut * self.block_size
+        self.compactions += 1
+        self.freed_blocks += self.block_pool.get_num_free_blocks() - free_before
+        self.evicted_tokens += live_tokens - kept_tokens
+        self.stranded_slots += kept_tokens - min(kept_tokens, self.config.budget + self.block_size - 1)
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Publish hashes only until the first compaction: keys computed after it are approximate."""
+        if request.request_id not in self.first_live:
+            super().cache_blocks(request, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.first_live.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def bound(self, request: Request) -> int:
+        """Most blocks that the request can come to hold: what admission reserves."""
+        resumed = request.num_preemptions > 0 or self.config.prompt == "compress"
+        return blocks_bound(
+            prompt_tokens=request.num_prompt_tokens,
+            total_tokens=request.num_prompt_tokens + request.max_tokens,
+            block_size=self.block_size,
+            config=self.config,
+            in_flight_tokens=self.spec.chunk_in_flight_tokens
+            if resumed
+            else self.spec.decode_in_flight_tokens,
+        )
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        apply_admission_cap: bool = False,
+        **kwargs: Any,
+    ) -> int:
+        """At admission: this request's bound, and what the running ones may still grow by.
+
+        With `reserve_growth` off only the tokens it has now are counted, up to the bound, as vLLM does.
+        """
+        if not apply_admission_cap:
+            return super().get_num_blocks_to_allocate(
+                request_id, num_tokens, new_computed_blocks, *args, **kwargs
+            )
+        bound = self.bound(self.requests[request_id])
+        growth = 0
+        if self.config.reserve_growth:
+            num_tokens = bound * self.block_size
+            growth = sum(
+                max(0, self.bound(self.requests[other]) - self.held_blocks(other))
+                for other in self.req_to_blocks
+                if other != request_id
+            )
+        needed = super().get_num_blocks_to_allocate(
+            request_id, min(num_tokens, bound * self.block_size), new_computed_blocks, *args, **kwargs
+        )
+        return needed + growth
+
+
+def register_spec() -> None:
+    """Make the spec known in this process. vLLM registers its own lazily, and only into an empty registry."""
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(
+        CompactedAttentionSpec, CompactedAttentionManager, uniform_type_base_spec=FullAttentionSpec
+    )
+
+
+register_spec()

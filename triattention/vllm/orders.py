@@ -1,0 +1,36 @@
+"""The message from scheduler to workers: compactions to carry out before this step writes anything."""
+
+from dataclasses import dataclass
+
+from vllm.v1.core.sched.output import SchedulerOutput
+
+_ATTRIBUTE = "compaction_orders"
+
+
+@dataclass(frozen=True)
+class CompactionOrder:
+    """One compaction of one request in one KV-cache group; complete in itself, no worker state is needed.
+
+    A request with 2 pinned blocks, its live region cut from block 2 to block 3 at 22 tokens (block size 4):
+    first_dead_block=2, first_live_block=3, processed_tokens=22, block_ids=(ids of blocks 2, 3, 4, 5).
+    """
+
+    request_id: str
+    group: int
+    processed_tokens: int
+    first_dead_block: int
+    first_live_block: int
+    block_ids: tuple[int, ...]
+    """Physical ids from first_dead_block up to the block of the last processed token."""
+    protected_blocks: tuple[int, ...] = ()
+    """Offsets into block_ids of live blocks that other requests share: kept whole, never written."""
+
+
+def attach_orders(output: SchedulerOutput, orders: list[CompactionOrder]) -> None:
+    """SchedulerOutput travels to the workers by pickle, so a plain attribute goes with it."""
+    setattr(output, _ATTRIBUTE, orders)
+
+
+def orders_of(output: SchedulerOutput) -> list[CompactionOrder]:
+    orders: list[CompactionOrder] = getattr(output, _ATTRIBUTE)
+    return orders

@@ -1,0 +1,142 @@
+"""vLLM's scheduler plus three things: orders to the workers, refusal of what can never fit, capacity reports."""
+
+import time
+from collections import defaultdict
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from triattention.report import REPORT_KEY, EngineReport
+from triattention.vllm.kv_manager import CompactedAttentionManager
+from triattention.vllm.orders import CompactionOrder, attach_orders
+from triattention.vllm.support import check_supported, compression_config, sends_reports
+
+logger = init_logger(__name__)
+
+REPORT_INTERVAL_SECONDS = 0.02
+
+
+class CompactionScheduler(AsyncScheduler):
+    """`AsyncScheduler` whose full-attention groups are compacted; without compression it only reports.
+
+    Works with synchronous scheduling as well: placeholders are then settled in the step that made them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if compression_config(self.vllm_config) is not None:
+            check_supported(self.vllm_config)
+        self.sends_reports = sends_reports(self.vllm_config)
+        self.compacted: list[CompactedAttentionManager] = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, CompactedAttentionManager)
+        ]
+        for manager in self.compacted:
+            manager.requests = self.requests
+        self.total_blocks = self.kv_cache_config.num_blocks - 1  # without the null block
+        self.refused: list[Request] = []
+        self.preemptions = 0
+        self.peak_blocks_per_request = 0
+        self.last_report = float("-inf")
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        orders: list[CompactionOrder] = []
+        for manager in self.compacted:
+            orders += manager.orders
+            manager.orders = []
+        attach_orders(output, orders)
+        return output
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        needed = sum(manager.bound(request) for manager in self.compacted)
+        if needed > self.total_blocks:
+            logger.error(
+                "Request %s is refused: with its prompt of %d tokens and max_tokens %d it needs %d KV blocks, "
+                "but the engine has %d; shorten the prompt or enlarge the KV cache.",
+                request.request_id, request.num_prompt_tokens, request.max_tokens, needed, self.total_blocks,
+            )  # fmt: skip
+            self.refused.append(request)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Also ends the refused requests. An engine step follows every arrival, so this is at once."""
+        refused, self.refused = self.refused, []
+        endings: defaultdict[int, list[EngineCoreOutput]] = defaultdict(list)
+        for request in refused:
+            if not request.is_finished():
+                self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+                endings[request.client_index].append(
+                    EngineCoreOutput(
+                        request_id=request.request_id,
+                        new_token_ids=[],
+                        finish_reason=request.get_finished_reason(),
+                    )
+                )
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for client, ended in endings.items():
+            if client in outputs:
+                outputs[client].outputs.extend(ended)
+            else:
+                outputs[client] = EngineCoreOutputs(outputs=ended)
+        return outputs
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self.preemptions += 1
+        super()._preempt_request(request, *args, **kwargs)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Carries the report in the free-form connector dict; `EngineReportLogger` takes it out again."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is None or not self.sends_reports:
+            return stats
+        held = self.held_blocks()
+        self.peak_blocks_per_request = max(self.peak_blocks_per_request, *held.values(), 0)
+        now = time.monotonic()
+        if now - self.last_report >= REPORT_INTERVAL_SECONDS or not self.running:
+            self.last_report = now
+            stats.kv_connector_stats = {REPORT_KEY: self.report(held, stats).to_dict()}
+        return stats
+
+    def held_blocks(self) -> dict[str, int]:
+        """Request id -> blocks held, over all KV-cache groups, for every request that holds any."""
+        held: defaultdict[str, int] = defaultdict(int)
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            for request_id, blocks in manager.req_to_blocks.items():
+                held[request_id] += (
+                    manager.held_blocks(request_id)
+                    if isinstance(manager, CompactedAttentionManager)
+                    else sum(not block.is_null for block in blocks)
+                )
+        return dict(held)
+
+    def report(self, held: dict[str, int], stats: SchedulerStats) -> EngineReport:
+        config = self.kv_cache_config
+        chunked = any(manager.config.prompt == "compress" for manager in self.compacted)
+        return EngineReport(
+            block_size=self.block_size,
+            bytes_per_block=sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks,
+            total_blocks=self.total_blocks,
+            free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
+            running=stats.num_running_reqs,
+            waiting=stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
+            in_flight_tokens=self.vllm_config.max_in_flight_tokens
+            if chunked
+            else self.vllm_config.max_concurrent_batches,
+            preemptions=self.preemptions,
+            compactions=sum(manager.compactions for manager in self.compacted),
+            freed_blocks=sum(manager.freed_blocks for manager in self.compacted),
+            evicted_tokens=sum(manager.evicted_tokens for manager in self.compacted),
+            stranded_slots=sum(manager.stranded_slots for manager in self.compacted),
+            peak_blocks_per_request=self.peak_blocks_per_request,
+            held_blocks=held,
+        )
