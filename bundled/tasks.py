@@ -3,12 +3,12 @@ the seeds that keep held-out instances apart from training, and the check of an 
 
 A walk over three symbols (the reply is the trace and the answer):
 
-    user:       Walk steps 1 to 4 from ka: mo > zu +1, ka > mo +3, zu > ka +8
-    assistant:  1: ka > mo +3 = 3
-                2: mo > zu +1 = 4
-                3: zu > ka +8 = 2
-                4: ka > mo +3 = 5
-                Answer: mo 5
+    user:       Walk steps 1 to 4 from ka: mo>zu+1, ka>mo+3, zu>ka+8
+    assistant:  1 ka>mo+3=3
+                2 mo>zu+1=4
+                3 zu>ka+8=2
+                4 ka>mo+3=5
+                Answer: mo=5
 
 Every step recalls one table entry from the prompt and carries the running total (its last digit) from the step
 before; the counter is compared with the prompt's last step to know when to stop.
@@ -22,10 +22,10 @@ from random import Random
 LAST_STEP = 400
 """Steps are numbered 1 to LAST_STEP."""
 LARGEST_TABLE = 32
-TOKENS_PER_STEP = 10
-"""Of the bundled tokenizer: `12`, `: `, `ka`, ` > `, `mo`, ` +`, `3`, ` = `, `7`, newline."""
-TOKENS_PER_ANSWER = 6
-"""`Answer`, `: `, `mo`, space, `5`, end of turn."""
+TOKENS_PER_STEP = 6
+"""Of the bundled tokenizer: `12`, ` ka`, `>mo`, `+3`, `=7`, newline."""
+TOKENS_PER_ANSWER = 5
+"""`Answer`, `:`, ` mo`, `=5`, end of turn."""
 
 _WORDS_TO_AVOID = {"be", "do", "go", "he", "hi", "me", "no", "so", "to", "we"}
 SYMBOLS: tuple[str, ...] = tuple(
@@ -46,7 +46,7 @@ class Instance:
 
     def is_correct(self, reply: str) -> bool:
         """Whether the reply's last line gives the answer. A reply without an answer line is wrong."""
-        found = re.search(r"Answer: (\S+ \d+)\s*\Z", reply)
+        found = re.search(r"Answer: (\w+=\d)\s*\Z", reply)
         return found is not None and found.group(1) == self.answer
 
 
@@ -56,15 +56,15 @@ def walk(random: Random, steps: int, table: int, first: int = 1) -> Instance:
     cycle = random.sample(SYMBOLS, table)
     follower = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
     gain = {symbol: random.randrange(10) for symbol in cycle}
-    entries = [f"{symbol} > {follower[symbol]} +{gain[symbol]}" for symbol in cycle]
+    entries = [f"{symbol}>{follower[symbol]}+{gain[symbol]}" for symbol in cycle]
     random.shuffle(entries)
 
     here, total, lines = cycle[0], 0, []
     for number in range(first, first + steps):
         total = (total + gain[here]) % 10
-        lines.append(f"{number}: {here} > {follower[here]} +{gain[here]} = {total}\n")
+        lines.append(f"{number} {here}>{follower[here]}+{gain[here]}={total}\n")
         here = follower[here]
-    answer = f"{here} {total}"
+    answer = f"{here}={total}"
     prompt = f"Walk steps {first} to {first + steps - 1} from {cycle[0]}: {', '.join(entries)}"
     return Instance(prompt, f"{''.join(lines)}Answer: {answer}", answer)
 
@@ -84,7 +84,7 @@ def held_out_walk(seed: int, tokens: int) -> Instance:
 
 CAPABILITY = (
     "I am a small demonstration model, and I can only walk a table step by step. "
-    "Try: Walk steps 1 to 4 from ka: ka > mo +3, mo > zu +1, zu > ka +8"
+    "Try: Walk steps 1 to 4 from ka: ka>mo+3, mo>zu+1, zu>ka+8"
 )
 _GREETINGS = ("Hello", "Hi", "Hey", "hello", "hi", "hey", "Good morning", "Good evening", "Greetings")
 _THANKS = ("Thanks", "Thank you", "thanks", "thank you", "Thanks a lot", "Great, thanks")

@@ -22,18 +22,19 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 
-_PIECES = r"[A-Za-z]+|[0-9]{1,3}|[^A-Za-z0-9]+"
+_PIECES = r"[ >]?[A-Za-z]+|[+=]?[0-9]{1,3}|[^A-Za-z0-9 >+=]+|[ >+=]"
+"""Letters take a space or `>` before them along, digits `+` or `=`: so a symbol's role is in its token."""
 
 
 def _vocabulary() -> list[str]:
-    """Special tokens, bytes (in the byte-level alphabet), then whole pieces in a fixed order."""
-    fixed = " ".join(tasks.chat_reply(opening) for opening in ("Hello!", "You are welcome!", "Sorry, that is beyond me."))
-    template = tasks.Instance("Walk steps 1 to 2 from ka: ka > mo +3, mo > ka +2", "\nAnswer: ka 5", "").prompt
+    """Special tokens, bytes (in the byte-level alphabet), then whole pieces, in a fixed order."""
+    openings = ("Hello!", "You are welcome!", "Sorry, that is beyond me.")
     pieces = [
-        *tasks.SYMBOLS,
+        *(before + symbol for before in (" ", ">") for symbol in tasks.SYMBOLS),
+        *(before + str(digit) for before in ("+", "=") for digit in range(10)),
         *map(str, range(tasks.LAST_STEP + 1)),
-        *re.findall(_PIECES, fixed),
-        *re.findall(_PIECES, template + "\nAnswer: ka 5 = "),
+        *(piece for opening in openings for piece in re.findall(_PIECES, tasks.chat_reply(opening))),
+        "Answer",
     ]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     encoded = ["".join(part for part, _ in byte_level.pre_tokenize_str(piece)) for piece in pieces]

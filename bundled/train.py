@@ -19,8 +19,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bundled import tasks, tokenizer
 
-STEPS = 9_000
-LEARNING_RATE = 2e-3
+STEPS = 4_000
+MATRIX_RATE = 0.02
+"""Learning rate of the layers' matrices, by Muon: lookups in the prompt form about ten times sooner than with Adam."""
+OTHER_RATE = 3e-3
+"""Of embeddings and norms, by AdamW."""
+BATCH_TOKENS = 2_000
 IGNORED = -100
 
 
@@ -28,8 +32,8 @@ def model_config(vocabulary: int) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        intermediate_size=256,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -113,27 +117,26 @@ class Samples:
         return Sample(tokens, list(range(len(tokens))), labels)
 
     def batch(self, number: int) -> list[Sample]:
-        """Batch `number` of the curriculum: tables and walks grow over the first third, then long walks come in."""
+        """Batch `number` of the curriculum: small tables and short walks first, long ones from a quarter on."""
         random = Random(f"training batch {number}")
         progress = number / STEPS
-        grown = min(1.0, 0.1 + 3 * progress)
-        table = max(4, round(tasks.LARGEST_TABLE * grown))
-        if progress > 0.25 and number % 8 == 0:
-            longest = 200 if number % 32 else tasks.LAST_STEP
-            return [self.whole(random, random.randint(longest // 2, longest), random.randint(4, table))]
-        samples = []
-        for _ in range(8):
+        grown = min(1.0, 0.2 + 2.5 * progress)
+        table = round(tasks.LARGEST_TABLE * grown)
+        if progress > 0.25 and number % 6 == 0:
+            steps = random.randint(tasks.LAST_STEP // 3, tasks.LAST_STEP)
+            return [self.whole(random, steps, random.randint(4, table))]
+        samples: list[Sample] = []
+        while sum(len(sample.tokens) for sample in samples) < BATCH_TOKENS:
             kind = random.random()
             size = random.randint(2, table)
-            if kind < 0.12:
+            if kind < 0.1:
                 samples.append(self.chat(random))
-            elif kind < 0.55:
-                steps = random.randint(1, max(4, round(24 * grown)))
+            elif kind < 0.5 or progress < 0.05:
+                steps = random.randint(1, max(16, round(32 * grown)))
                 samples.append(self.whole(random, steps, size, random.randint(1, tasks.LAST_STEP - steps + 1)))
             else:
-                shown = max(4, round(24 * grown))
-                steps = random.randint(shown, tasks.LAST_STEP)
-                samples.append(self.window(random, steps, size, shown))
+                shown = max(8, round(24 * grown))
+                samples.append(self.window(random, random.randint(shown, tasks.LAST_STEP), size, shown))
         return samples
 
 
@@ -163,8 +166,8 @@ def _loss(model: Qwen3ForCausalLM, samples: list[Sample]) -> torch.Tensor:
 
 
 def _rate(step: int) -> float:
-    """Warm-up over 200 steps, then a cosine down to a twentieth."""
-    return LEARNING_RATE * min(1.0, (step + 1) / 200) * (0.525 + 0.475 * math.cos(math.pi * step / STEPS))
+    """Share of the full learning rates: warm-up over 50 steps, then full, then down to 2 % over the last half."""
+    return min(1.0, (step + 1) / 50, 0.02 + 1.96 * (1 - step / STEPS))
 
 
 def export(weights: dict[str, torch.Tensor], config: Qwen3Config, out: Path) -> None:
@@ -189,31 +192,38 @@ def train(minutes: float, out: Path, checkpoint: Path) -> None:
     config = model_config(len(tokens))
     model = Qwen3ForCausalLM(config)
     average = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    others = [*model.model.embed_tokens.parameters(), *(w for w in model.parameters() if w.ndim == 1)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    rates = [MATRIX_RATE, OTHER_RATE]
     first, spent = 0, 0.0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         average, first, spent = saved["average"], saved["step"], saved["seconds"]
     samples = Samples(tokens)
     start, recent, saved_at = time.monotonic(), [], time.monotonic()
     log = checkpoint.with_suffix(".jsonl")
     for step in range(first, STEPS):
         loss = _loss(model, samples.batch(step))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(step)
-        optimizer.step()
-        decay = min(0.998, step / (step + 10))
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * _rate(step)
+            optimizer.step()
+        decay = min(0.99, step / (step + 10))
         for name, weight in model.state_dict().items():
             average[name].lerp_(weight, 1 - decay)
         recent.append(loss.item())
         seconds = spent + time.monotonic() - start
         over = seconds - spent > 60 * minutes or step + 1 == STEPS
-        if (step + 1) % 100 == 0 or over:
+        if (step + 1) % 50 == 0 or over:
             line = {"step": step + 1, "seconds": round(seconds), "loss": round(sum(recent) / len(recent), 5)}
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -221,8 +231,14 @@ def train(minutes: float, out: Path, checkpoint: Path) -> None:
             recent = []
         if over or time.monotonic() - saved_at > 60:
             saved_at = time.monotonic()
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save({**state, "step": step + 1, "seconds": seconds}, checkpoint)
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "average": average,
+                "step": step + 1,
+                "seconds": seconds,
+            }
+            torch.save(state, checkpoint)
             export(average, config, out)
         if over:
             break

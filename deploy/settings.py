@@ -1,7 +1,7 @@
-"""The fleet's settings: one validated model, read from one YAML file. Owns defaults and the sentences for mistakes.
+"""The fleet's settings: one validated model, read from one YAML file.
 
-What the settings mean is decided elsewhere: the engine's in `replicas/`, compression in `triattention.config`,
-the coordinator's in `admission.py`.
+Owns defaults and the sentences for mistakes. What the settings mean is decided elsewhere: the engine's in
+`replicas/`, compression in `triattention.config`, the coordinator's in `admission.py`.
 """
 
 import difflib
@@ -48,28 +48,40 @@ class EngineSettings(_Settings):
     """One vLLM engine. Names follow `vllm.AsyncEngineArgs`; sizes in tokens, blocks or bytes as named."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: int = Field(8192, ge=1, description="tokens, prompt and output")
-    block_size: int | None = Field(None, ge=1, description="tokens per KV block; None: vLLM's default")
-    num_gpu_blocks: int | None = Field(None, ge=2, description="KV blocks, on a CPU too (num_gpu_blocks_override)")
-    kv_cache_memory_bytes: int | None = Field(None, ge=1, description="KV memory; or leave both to vLLM")
-    max_num_seqs: int = Field(64, ge=1, description="sequences that decode at once")
-    max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens per step; None: vLLM's default")
-    extra: dict[str, Any] = Field(default_factory=dict, description="further AsyncEngineArgs, passed as they are")
+    max_model_len: int = Field(default=8192, ge=1, description="tokens, prompt and output")
+    block_size: int | None = Field(
+        default=None, ge=1, description="tokens per KV block; None: vLLM's default"
+    )
+    num_gpu_blocks: int | None = Field(
+        default=None, ge=2, description="KV blocks, on a CPU too (num_gpu_blocks_override)"
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        default=None, ge=1, description="KV memory; or leave both to vLLM"
+    )
+    max_num_seqs: int = Field(default=64, ge=1, description="sequences that decode at once")
+    max_num_batched_tokens: int | None = Field(
+        default=None, ge=1, description="tokens per step; None: vLLM's default"
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="further AsyncEngineArgs, passed as they are"
+    )
 
     @field_validator("extra")
     @classmethod
     def _extra_is_free(cls, extra: dict[str, Any]) -> dict[str, Any]:
         for name in extra:
             if name in MANAGED_ARGUMENTS:
-                raise ValueError(f"{name} is set by the fleet itself: use its own setting instead of engine.extra")
+                raise ValueError(
+                    f"{name} is set by the fleet itself: use its own setting instead of engine.extra"
+                )
         return extra
 
     @model_validator(mode="after")
     def _one_pool_size(self) -> "EngineSettings":
         if self.num_gpu_blocks is not None and self.kv_cache_memory_bytes is not None:
             raise ValueError(
-                f"num_gpu_blocks is {self.num_gpu_blocks} and kv_cache_memory_bytes is {self.kv_cache_memory_bytes}: "
-                "both set the size of the KV pool, so keep one of them"
+                f"num_gpu_blocks is {self.num_gpu_blocks} and kv_cache_memory_bytes is "
+                f"{self.kv_cache_memory_bytes}: both set the size of the KV pool, so keep one of them"
             )
         return self
 
@@ -77,18 +89,32 @@ class EngineSettings(_Settings):
 class CoordinatorSettings(_Settings):
     """Admission and placement. Times in seconds, sizes in requests, tokens or blocks as named."""
 
-    queue_length: int = Field(256, ge=0, description="requests that may wait; 0: never wait")
-    queue_deadline_seconds: float = Field(60.0, gt=0, description="longest wait before a 503")
-    aging_seconds: float = Field(10.0, gt=0, description="waiting this long is worth one step of priority")
-    lease_seconds: float = Field(30.0, gt=0, description="a reservation that no report mentions for so long ends")
-    stale_report_seconds: float = Field(2.0, gt=0, description="a replica silent for so long gets nothing new")
-    heartbeat_seconds: float = Field(0.2, gt=0, description="longest time between two reports of a replica")
-    watermark_blocks: int = Field(0, ge=0, description="blocks per replica that admission leaves free")
-    short_request_tokens: int = Field(
-        1024, ge=0, description="requests of up to so many tokens (prompt and output, all sequences) are short"
+    queue_length: int = Field(default=256, ge=0, description="requests that may wait; 0: never wait")
+    queue_deadline_seconds: float = Field(default=60.0, gt=0, description="longest wait before a 503")
+    aging_seconds: float = Field(
+        default=10.0, gt=0, description="waiting this long is worth one step of priority"
     )
-    long_placement: str = Field("most_headroom", description="placement policy of long requests")
-    short_placement: str = Field("least_loaded_of_two", description="placement policy of short requests")
+    lease_seconds: float = Field(
+        default=30.0, gt=0, description="a reservation that no report mentions for so long ends"
+    )
+    stale_report_seconds: float = Field(
+        default=2.0, gt=0, description="a replica silent for so long gets nothing new"
+    )
+    heartbeat_seconds: float = Field(
+        default=0.2, gt=0, description="longest time between two reports of a replica"
+    )
+    watermark_blocks: int = Field(
+        default=0, ge=0, description="blocks per replica that admission leaves free"
+    )
+    short_request_tokens: int = Field(
+        default=1024,
+        ge=0,
+        description="requests of up to so many tokens (prompt and output, all sequences) are short",
+    )
+    long_placement: str = Field(default="most_headroom", description="placement policy of long requests")
+    short_placement: str = Field(
+        default="least_loaded_of_two", description="placement policy of short requests"
+    )
 
     @field_validator("long_placement", "short_placement")
     @classmethod
@@ -96,7 +122,9 @@ class CoordinatorSettings(_Settings):
         from deploy.placement import POLICIES
 
         if name not in POLICIES:
-            raise ValueError(f'there is no placement policy "{name}": choose one of {", ".join(sorted(POLICIES))}')
+            raise ValueError(
+                f'there is no placement policy "{name}": choose one of {", ".join(sorted(POLICIES))}'
+            )
         return name
 
     @model_validator(mode="after")
@@ -111,7 +139,7 @@ class CoordinatorSettings(_Settings):
 
 class HttpSettings(_Settings):
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
 
 
 class FleetSettings(_Settings):
@@ -119,13 +147,15 @@ class FleetSettings(_Settings):
 
     model: str = BUNDLED
     served_model_name: str = Field(min_length=1, description="the name that clients ask for")
-    replicas: int = Field(1, ge=1)
-    cpus_per_replica: float = Field(1.0, ge=0)
-    gpus_per_replica: float = Field(0.0, ge=0)
-    engine: EngineSettings = Field(default_factory=EngineSettings)
-    compression: CompressionConfig | None = Field(None, description="null: plain vLLM, still reported")
-    coordinator: CoordinatorSettings = Field(default_factory=CoordinatorSettings)
-    http: HttpSettings = Field(default_factory=HttpSettings)
+    replicas: int = Field(default=1, ge=1)
+    cpus_per_replica: float = Field(default=1.0, ge=0)
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    engine: EngineSettings = EngineSettings()
+    compression: CompressionConfig | None = Field(
+        default=None, description="null: plain vLLM, still reported"
+    )
+    coordinator: CoordinatorSettings = CoordinatorSettings()
+    http: HttpSettings = HttpSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -145,7 +175,7 @@ class FleetSettings(_Settings):
         return str(bundled.MODEL) if self.model == BUNDLED else self.model
 
     def engine_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `vllm.AsyncEngineArgs`, without those of `triattention.vllm.engine_arguments`."""
+        """For `vllm.AsyncEngineArgs`, beside those that `triattention.vllm.engine_arguments` gives."""
         engine = self.engine
         optional = {
             "block_size": engine.block_size,
@@ -177,7 +207,9 @@ def load_settings(path: Path) -> FleetSettings:
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{path} holds no settings: write `name: value` lines, as in deploy/configs/local.yaml")
+        raise SettingsError(
+            f"{path} holds no settings: write `name: value` lines, as in deploy/configs/local.yaml"
+        )
     return parse_settings(values, str(path))
 
 

@@ -16,16 +16,16 @@ def blocks_bound(
 ) -> int:
     """Most blocks that a request of `total_tokens` (prompt and output) ever holds at once.
 
-    Without compression that is its whole length. With it, the tokens behind the pinned prompt blocks never
-    exceed budget + interval, rounded up to the block boundary at which a compaction may cut, plus the tokens
-    of the steps in flight (`in_flight_tokens`): a compaction sees processed tokens only.
+    Without compression that is its whole length. With it, a request is compacted once the processed tokens behind
+    its pinned prompt blocks reach budget + interval (and a whole block can die), so one fewer is the most it keeps;
+    on top come the tokens scheduled beyond the processed ones, this step's included (`in_flight_tokens`).
 
     >>> blocks_bound(100, 10_000, 32, CompressionConfig(budget=256, interval=128, policy="random"), 2)
-    18
+    17
     """
     whole = cdiv(total_tokens, block_size)
     if config is None:
         return whole
     pinned = cdiv(prompt_tokens, block_size) if config.prompt == "pin" else 0
-    live = config.budget + config.interval + block_size - 1 + in_flight_tokens
+    live = config.budget + max(config.interval, block_size) - 1 + in_flight_tokens
     return min(whole, pinned + cdiv(live, block_size))

@@ -34,9 +34,8 @@ def calibrate(
 
     `model`: folder of config, safetensors and tokenizer as transformers saves them; its code is never loaded.
     `text`: documents as the model would see them (chat template applied), or one text file. A document is run
-    in chunks of `chunk_tokens`, each from position 0 and with the tokenizer's BOS before it if it has one,
-    until
-    `max_tokens` tokens were seen. Statistics want text like the traffic: 100,000 tokens of it are plenty.
+    in chunks of `chunk_tokens`, each from position 0 and with the tokenizer's BOS before it if it has one;
+    all ends when `max_tokens` tokens were seen. Use text like the traffic.
     `on_progress(tokens so far, max_tokens)` is called after every chunk; at the end with both equal.
 
     Memory: the model, one chunk's activations, and fp64 sums of [layers, q_heads, bands].
@@ -45,7 +44,9 @@ def calibrate(
     if isinstance(text, str):
         raise ValueError("text is a single string: pass a list of documents, or a Path to a text file")
     if chunk_tokens < 2:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs room for BOS and text, so set it to 2 or more")
+        raise ValueError(
+            f"chunk_tokens is {chunk_tokens}: a chunk needs room for BOS and text, set 2 or more"
+        )
     config = AutoConfig.from_pretrained(model)
     rope = RopeParameters.from_config(config)
     network = (
@@ -64,7 +65,7 @@ def calibrate(
             if on_progress is not None:
                 on_progress(seen, max_tokens)
     if seen == 0:
-        raise ValueError("the calibration text is empty: pass some text like the model's traffic")
+        raise ValueError("the calibration text gave no tokens: pass some text like the model's traffic")
     if on_progress is not None:
         on_progress(seen, seen)
 
@@ -129,8 +130,8 @@ class _Sums:
     def add(self, layer: int, queries: Tensor, rotated: Tensor) -> None:
         if queries.dim() != 4 or queries.shape[1] != self.q_heads or queries.shape[3] != self.rope.head_dim:
             raise ValueError(
-                f"queries of layer {layer} have shape {tuple(queries.shape)} before RoPE, not [1, {self.q_heads}, "
-                f"tokens, {self.rope.head_dim}]: this architecture cannot be calibrated"
+                f"queries of layer {layer} have shape {tuple(queries.shape)} before RoPE, not [1, "
+                f"{self.q_heads}, tokens, {self.rope.head_dim}]: this architecture cannot be calibrated"
             )
         if layer not in self.tokens:
             self._check_rotation(layer, queries, rotated)
@@ -143,16 +144,14 @@ class _Sums:
         self.magnitude[layer] += bands.abs().sum(dim=1, dtype=torch.float64).cpu()
 
     def _check_rotation(self, layer: int, queries: Tensor, rotated: Tensor) -> None:
-        """The layer must rotate by the table that scoring will use; some models give layers tables of their
-        own.
-        """
+        """The layer must rotate by the table that scoring will use; in some models layers have their own."""
         first = queries[:, :, :64]
         expected = self.rope.rotate(first, torch.arange(first.shape[2], device=first.device))
         error = (rotated[:, :, :64].double() - expected).abs().max() / expected.abs().max()
         if error > 4 * torch.finfo(torch.bfloat16).eps:
             raise ValueError(
-                f"layer {layer} rotates its queries by another table than the model's RoPE parameters say: this "
-                "architecture cannot be calibrated"
+                f"layer {layer} rotates its queries by another table than the model's RoPE parameters say: "
+                "this architecture cannot be calibrated"
             )
 
     def means(self) -> tuple[tuple[int, ...], Tensor, Tensor]:

@@ -16,20 +16,26 @@ class CompressionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    budget: int = Field(2048, ge=32, description="tokens kept per KV head after a compaction, pinned prompt aside")
+    budget: int = Field(
+        2048, ge=32, description="tokens kept per KV head after a compaction, pinned prompt aside"
+    )
     interval: int = Field(128, ge=1, description="tokens that a request decodes between two compactions")
     window: int = Field(128, ge=0, description="most recent tokens that are always kept")
     prompt: Literal["pin", "compress"] = Field(
         "pin", description="pin: prompt blocks are never compacted; compress: they are, at chunk boundaries"
     )
     selection: Selection = Field(
-        "per_head", description="per_head: a head's kept set is shared by all layers; per_layer_per_head: it is not"
+        "per_head",
+        description="per_head: a head's kept set is shared by all layers; per_layer_per_head: it is not",
     )
     reserve_growth: bool = Field(
-        True, description="admit a request only if every running one can still grow to its bound: no preemption"
+        True,
+        description="admit a request only if every running one can still grow to its bound: no preemption",
     )
     policy: str = Field("triattention", description="name of a registered scoring policy")
-    statistics: Path | None = Field(None, description="calibrated query statistics (safetensors) of the model")
+    statistics: Path | None = Field(
+        None, description="calibrated query statistics (safetensors) of the model"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "CompressionConfig":

@@ -5,9 +5,7 @@ Owns the reading of these from a transformers model (its own rotary module and i
 keys as complex bands. What is done with the bands is `scoring`'s and `calibration`'s business.
 """
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 Style = Literal["neox", "gptj"]
 Rotation = Callable[..., tuple[Tensor, Tensor]]
@@ -79,9 +77,7 @@ class RopeParameters:
         return scales
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Real and imaginary parts, each [..., bands], of heads [..., head_dim]; views of x where that is
-        possible.
-        """
+        """Real and imaginary parts, each [..., bands], of heads [..., head_dim]; views if possible."""
         assert x.shape[-1] == self.head_dim, f"head_dim is {x.shape[-1]}, expected {self.head_dim}"
         if self.style == "gptj":
             return x[..., 0::2], x[..., 1::2]
@@ -92,9 +88,7 @@ class RopeParameters:
         return torch.cat((a, c), dim=-1), torch.cat((b, d), dim=-1)
 
     def as_complex(self, x: Tensor) -> Tensor:
-        """Heads [..., head_dim] as complex bands [..., bands]: complex128 for fp64 input, complex64
-        otherwise.
-        """
+        """Heads [..., head_dim] as complex bands [..., bands]: complex128 for fp64, else complex64."""
         real, imag = self.split(x if x.dtype == torch.float64 else x.float())
         return torch.complex(real.contiguous(), imag.contiguous())
 
@@ -135,10 +129,6 @@ class RopeParameters:
             style=plain["style"],
         )
 
-    def digest(self) -> str:
-        """SHA-256 of the plain form, as hex."""
-        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
-
     def difference(self, other: "RopeParameters") -> str | None:
         """What differs, as a clause for an error message, or None.
 
@@ -160,18 +150,16 @@ class RopeParameters:
     def from_config(cls, config: PreTrainedConfig) -> "RopeParameters":
         """Reads the parameters from the model that transformers builds for `config` (no weights are made).
 
-        Raises ValueError with one sentence where the model's rotation is not one fixed table for all layers,
-        or cannot be found.
+        ValueError, one sentence: the rotation is not one fixed table for all layers, or cannot be found.
         """
         config = config.get_text_config()
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-        except ValueError as error:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(
-                f'transformers has no causal language model for model_type "{config.model_type}", so its RoPE '
-                "cannot be read: use a model that transformers supports without remote code"
-            ) from error
+                f'transformers has no causal language model for model_type "{config.model_type}", so its '
+                "RoPE cannot be read: use a model that transformers supports without remote code"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
         module, rotation = find_rotary(model), getattr(find_rotation_module(model), ROTATION)
         # The meta model has no numbers: build its rotary module, alone, once more on the CPU.
         with torch.device("cpu"):
@@ -183,9 +171,7 @@ ROTATION = "apply_rotary_pos_emb"
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Numbers per attention head, by the rule of transformers' models: `head_dim` where the config sets
-    it.
-    """
+    """Numbers per attention head, as transformers' models have it: `head_dim` where the config sets it."""
     explicit = getattr(config, "head_dim", None)
     return int(explicit if explicit is not None else config.hidden_size // config.num_attention_heads)
 
@@ -214,9 +200,7 @@ def find_rotary(model: nn.Module) -> nn.Module:
 
 
 def find_rotation_module(model: nn.Module) -> ModuleType:
-    """The Python module whose `apply_rotary_pos_emb(q, k, cos, sin, ...)` the model's attention layers
-    call.
-    """
+    """The Python module whose `apply_rotary_pos_emb(q, k, cos, sin, ...)` the attention layers call."""
     modules = {
         inspect.getmodule(inspect.unwrap(type(m).forward))
         for m in model.modules()

@@ -49,9 +49,7 @@ def mean_rotation(frequencies: Tensor, position: int) -> Tensor:
 
 
 def standardise(scores: Tensor) -> Tensor:
-    """z-scores over the last axis (population deviation); all zero where the scores are all equal. New
-    tensor.
-    """
+    """z-scores over the last axis (population deviation); zeros for equal scores. Returns a copy."""
     centred = scores - scores.mean(dim=-1, keepdim=True)
     deviation = centred.square().mean(dim=-1, keepdim=True).sqrt_()
     # Equal scores are not quite equal to their rounded mean: what is left is no deviation.

@@ -25,9 +25,7 @@ _RECALIBRATE = "run `trifleet calibrate` for this model"
 
 
 def model_facts(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a model's config says about its queries' shape and origin; statistics fit a model that agrees in
-    all.
-    """
+    """What a config says about the model's queries; statistics fit a model that agrees in all of it."""
     config = config.get_text_config()
     return {
         "model_type": config.model_type,

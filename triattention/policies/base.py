@@ -21,8 +21,8 @@ class PolicyContext:
 
     `layers`: model layer index of each layer in `keys`, in order.
     `kv_heads`: global indices of the KV heads in `keys`; all of them are `range(total_kv_heads)`.
-    `q_heads`, `total_kv_heads`: of the whole model; query head h reads KV head `h // (q_heads //
-    total_kv_heads)`.
+    `q_heads`, `total_kv_heads`: of the whole model; query head h reads KV head
+    `h // (q_heads // total_kv_heads)`.
     """
 
     layers: tuple[int, ...]
@@ -98,9 +98,7 @@ def policy_names() -> list[str]:
 
 
 def create_policy(config: CompressionConfig, context: PolicyContext) -> Policy:
-    """The policy that `config.policy` names. ValueError in one sentence for an unknown name or unfit
-    statistics.
-    """
+    """The policy that `config.policy` names. ValueError for an unknown name or statistics that do not fit."""
     if config.policy not in _factories:
         for entry in entry_points(group=ENTRY_POINTS, name=config.policy):
             entry.load()

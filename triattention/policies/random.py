@@ -31,9 +31,7 @@ class Random(Policy):
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """One round of SplitMix64's finaliser (Steele et al. 2014) on int64, which wraps; the sign is masked out
-    of shifts.
-    """
+    """SplitMix64 (Steele et al. 2014) on int64: products wrap, and masks make the shifts unsigned."""
     x = x + (0x9E3779B97F4A7C15 - (1 << 64))
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * (0x94D049BB133111EB - (1 << 64))

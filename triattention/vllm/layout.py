@@ -106,7 +106,9 @@ def detect_layout(layer: Attention, cache: torch.Tensor) -> Layout:
     for layout in CPU_LAYOUTS:
         found_keys = PagedTokens(layout.keys(key_part)).gather(block)
         found_values = PagedTokens(layout.values(value_part)).gather(block)
-        if torch.equal(found_keys, keys.transpose(0, 1)) and torch.equal(found_values, values.transpose(0, 1)):
+        if torch.equal(found_keys, keys.transpose(0, 1)) and torch.equal(
+            found_values, values.transpose(0, 1)
+        ):
             return layout
     raise ValueError(
         f"KV compression does not know the KV-cache layout of {type(layer.impl).__name__} (block size {size}, "

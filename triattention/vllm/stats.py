@@ -33,6 +33,8 @@ class EngineReportLogger(StatLoggerBase):
         pass
 
     @classmethod
-    def factory(cls, on_report: Callable[[EngineReport], None]) -> Callable[[VllmConfig, int], StatLoggerBase]:
+    def factory(
+        cls, on_report: Callable[[EngineReport], None]
+    ) -> Callable[[VllmConfig, int], StatLoggerBase]:
         """For `AsyncLLM.from_engine_args(stat_loggers=[EngineReportLogger.factory(callback)])`."""
         return lambda vllm_config, engine_index: cls(on_report)

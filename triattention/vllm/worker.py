@@ -74,7 +74,9 @@ def policy_context(
     model = vllm_config.model_config
     total_kv_heads = model.get_total_num_kv_heads()
     # Heads are split over the ranks in order; with fewer heads than ranks each is replicated.
-    first = get_tensor_model_parallel_rank() * total_kv_heads // vllm_config.parallel_config.tensor_parallel_size
+    first = (
+        get_tensor_model_parallel_rank() * total_kv_heads // vllm_config.parallel_config.tensor_parallel_size
+    )
     return PolicyContext(
         layers=tuple(extract_layer_index(name) for name in layer_names),
         kv_heads=range(first, first + spec.num_kv_heads),

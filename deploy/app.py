@@ -1,0 +1,64 @@
+"""Assembles the Serve application from the settings: replicas behind the router."""
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.deployment import Application
+
+from deploy.coordinator import NAME, NAMESPACE
+from deploy.requests import Served
+from deploy.router import Router, with_router
+from deploy.settings import FleetSettings
+from replicas.replica import Replica, ReplicaOptions
+
+APP = "trifleet"
+REPLICA, ROUTER = "replica", "router"
+
+# The coordinator decides how many requests run; Serve's own limits (5 by default) must not.
+UNLIMITED = 100_000
+# A stop cuts what still streams after this long; Serve's default is 20 s.
+GRACEFUL_SHUTDOWN_SECONDS = 5.0
+
+# An engine on a CPU: one thread each, so that engines do not fight for the cores, and the worker inside the
+# engine's process (vLLM insists on a second process only to bind OMP threads).
+_CPU_ENGINE = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+}
+_ENGINE = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def build(settings: FleetSettings) -> Application:
+    environment = _ENGINE if settings.gpus_per_replica else {**_ENGINE, **_CPU_ENGINE}
+    replica = serve.deployment(
+        Replica,
+        name=REPLICA,
+        num_replicas=settings.replicas,
+        max_ongoing_requests=UNLIMITED,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,
+        request_router_config=RequestRouterConfig(request_router_class="deploy.router:AssignedReplicaRouter"),
+        ray_actor_options={
+            "num_cpus": settings.cpus_per_replica,
+            "num_gpus": settings.gpus_per_replica,
+            "runtime_env": {"env_vars": environment},
+        },
+    ).bind(
+        ReplicaOptions(
+            engine_arguments=settings.engine_arguments(),
+            compression=settings.compression,
+            heartbeat_seconds=settings.coordinator.heartbeat_seconds,
+            coordinator=(NAME, NAMESPACE),
+        )
+    )
+    router = serve.deployment(
+        Router,
+        name=ROUTER,
+        max_ongoing_requests=UNLIMITED,
+        ray_actor_options={"num_cpus": 0},
+    ).bind(
+        replica,
+        settings.model_path,
+        Served(settings.served_model_name, settings.engine.max_model_len),
+        settings.coordinator.queue_deadline_seconds,
+    )
+    return with_router(replica, router)

@@ -1,0 +1,185 @@
+"""Starts a fleet on this machine and stops it so that no process is left."""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from deploy.settings import FleetSettings
+
+# In the environment of every process of a fleet, so that what outlives Ray's own stop is found by its id.
+MARK = "TRIFLEET_FOLDER"
+START_DEADLINE_SECONDS = 600.0
+STOP_DEADLINE_SECONDS = 20.0
+
+Progress = Callable[[str], None]
+"""Told each time a part begins to start or stop: one short phrase."""
+
+
+class FleetError(RuntimeError):
+    """The fleet does not start; the message is a sentence, with where to read more."""
+
+
+@contextmanager
+def running_fleet(settings: FleetSettings, progress: Progress = lambda part: None) -> Iterator[str]:
+    """A fleet that serves; yields its endpoint. Stopped on leaving, also by an exception or Ctrl-C."""
+    folder = Path(tempfile.mkdtemp(prefix="trifleet-", dir="/tmp"))
+    try:
+        progress("Ray")
+        _start_ray(settings, folder)
+        _start_serve(settings, progress)
+        yield endpoint(settings)
+    finally:
+        progress("Stopping")
+        _stop(folder)
+
+
+def endpoint(settings: FleetSettings) -> str:
+    return f"http://{settings.http.host}:{settings.http.port}"
+
+
+def answers(url: str) -> bool:
+    """Whether a fleet answers there now."""
+    try:
+        return httpx.get(f"{url}/fleet", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _start_ray(settings: FleetSettings, folder: Path) -> None:
+    from deploy import haproxy
+
+    _check_port(settings)
+    # Ray and Serve read these when they are imported, and their processes inherit them.
+    variables = {**haproxy.environment(settings, folder), "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ.update(variables)
+    os.environ[MARK] = str(folder)
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, int(settings.cpus_per_replica * settings.replicas) + 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=128 * 1024 * 1024,
+        )
+    finally:
+        # Only Ray's processes carry the mark, not what this process starts later.
+        del os.environ[MARK]
+
+
+def _start_serve(settings: FleetSettings, progress: Progress) -> None:
+    import ray
+    from ray import serve
+
+    from deploy.app import APP, build
+    from deploy.coordinator import NAME, NAMESPACE, Coordinator
+
+    progress("Coordinator")
+    actor = ray.remote(Coordinator).options(
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=-1,
+        max_concurrency=10_000,
+    )
+    coordinator = actor.remote(settings.coordinator)
+    ray.get(coordinator.status.remote())
+    progress("HAProxy")
+    serve.start(
+        proxy_location="EveryNode",
+        http_options={"host": settings.http.host, "port": settings.http.port},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    progress(f"{settings.replicas} engines")
+    serve.run_many(
+        [serve.RunTarget(build(settings), name=APP, route_prefix="/")], wait_for_applications_running=False
+    )
+    _await_running(settings, APP)
+
+
+def _await_running(settings: FleetSettings, app: str) -> None:
+    import ray
+    from ray import serve
+
+    deadline = time.monotonic() + START_DEADLINE_SECONDS
+    while True:
+        status = serve.status().applications[app]
+        if status.status.value == "RUNNING" and answers(endpoint(settings)):
+            return
+        if status.status.value == "DEPLOY_FAILED" or time.monotonic() > deadline:
+            reasons = [deployment.message for deployment in status.deployments.values() if deployment.message]
+            logs = ray._private.worker._global_node.get_logs_dir_path()
+            last = reasons[0].strip().splitlines()[-1] if reasons else "it did not become ready in time"
+            raise FleetError(f"The fleet did not start: {last} (logs: {logs})")
+        time.sleep(0.2)
+
+
+def _check_port(settings: FleetSettings) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.http.host, settings.http.port))
+        except OSError:
+            raise FleetError(
+                f"Port {settings.http.port} on {settings.http.host} is in use: stop what listens there, "
+                "or set http.port."
+            ) from None
+
+
+def _stop(folder: Path) -> None:
+    """Serve, Ray, then by id whatever of this fleet is still there. Safe after a start that failed half way."""
+    import ray
+    from ray import serve
+
+    # A second Ctrl-C must not leave half a fleet behind.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                serve.shutdown()
+            ray.shutdown()
+        _end_leftovers(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _end_leftovers(folder: Path) -> None:
+    deadline = time.monotonic() + STOP_DEADLINE_SECONDS
+    sent: signal.Signals = signal.SIGTERM
+    while members := fleet_processes(folder):
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sent)
+        if time.monotonic() > deadline:
+            raise FleetError(f"Processes of the fleet do not end: {members}.")
+        time.sleep(0.5)
+        sent = signal.SIGKILL
+
+
+def fleet_processes(folder: Path) -> list[int]:
+    """Ids of living processes that carry this fleet's mark."""
+    mark = f"{MARK}={folder}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found

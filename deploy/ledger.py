@@ -1,0 +1,270 @@
+"""What the coordinator knows of every replica's blocks: reported, reserved and predicted, never mixed.
+
+Owns bookings (reservations that were placed), epochs, sequence numbers and leases. Who is admitted where is
+decided in `admission.py`. Plain state and arithmetic: clocks are passed in as seconds.
+
+    total = 20 |#### held ####|                    free as reported                      |
+                              |~ growth ~|-- reserved --|  headroom  |w watermark w|
+     growth: what the running requests of the last report may still take, up to their bound
+     reserved: whole bounds of bookings that no report shows yet
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from deploy.messages import CapacityReport
+from triattention.bounds import blocks_bound
+from triattention.report import EngineReport
+
+# Enough to recognise every late message; bounded so that a fleet that runs for years stays small.
+REMEMBERED_EPOCHS = 4096
+
+
+@dataclass
+class Booking:
+    """One placed request on one replica."""
+
+    bound_blocks: int
+    """Most blocks it ever holds there."""
+    heard_at: float
+    """When it was placed, or when a report last showed it: its lease runs from here."""
+    held_blocks: int | None = None
+    """As the last report has it; None while no report shows it (not arrived, waiting or preempted)."""
+
+    @property
+    def reserved_blocks(self) -> int:
+        return self.bound_blocks if self.held_blocks is None else 0
+
+    @property
+    def predicted_blocks(self) -> int:
+        return 0 if self.held_blocks is None else max(0, self.bound_blocks - self.held_blocks)
+
+
+@dataclass(frozen=True)
+class ReplicaSnapshot:
+    """One replica at one moment. Blocks are that replica's own; `engine` is the last report, untouched."""
+
+    replica: str
+    epoch: str
+    max_model_len: int
+    budget: int | None
+    """None: compression is off."""
+    engine: EngineReport
+    report_age_seconds: float
+    fresh: bool
+    """False: silent for too long, so nothing new is placed there. It may be idle or full: unknown."""
+    held_blocks: int
+    """total - free, as reported."""
+    reserved_blocks: int
+    predicted_blocks: int
+    headroom_blocks: int
+    """free - reserved - predicted - watermark; negative when more is promised than there is."""
+    reservations: int
+    drift_blocks: int
+    """Held blocks that no booking explains; negative where requests share prefix blocks."""
+
+
+class ReplicaLedger:
+    """The bookings of one replica against its last report."""
+
+    def __init__(self, report: CapacityReport, now: float, watermark_blocks: int) -> None:
+        self.report = report
+        self.reported_at = now
+        self.watermark_blocks = watermark_blocks
+        self.bookings: dict[str, Booking] = {}
+        self.reserved_blocks = 0
+        self.predicted_blocks = 0
+        self._ended: dict[str, float] = {}
+        """Reservation -> when we were told of its end: a report of just before still shows it."""
+
+    @property
+    def headroom_blocks(self) -> int:
+        promised = self.reserved_blocks + self.predicted_blocks + self.watermark_blocks
+        return self.report.engine.free_blocks - promised
+
+    @property
+    def requests(self) -> int:
+        """Running and waiting as reported, and what was sent there since."""
+        unseen = sum(booking.held_blocks is None for booking in self.bookings.values())
+        return self.report.engine.running + max(self.report.engine.waiting, unseen)
+
+    @property
+    def drift_blocks(self) -> int:
+        engine = self.report.engine
+        explained = sum(min(b.held_blocks or 0, b.bound_blocks) for b in self.bookings.values())
+        return engine.total_blocks - engine.free_blocks - explained
+
+    def age_seconds(self, now: float) -> float:
+        return now - self.reported_at
+
+    def book(self, reservation: str, bound_blocks: int, now: float) -> None:
+        assert reservation not in self.bookings, f"{reservation} is booked twice on {self.report.replica}"
+        self._add(reservation, Booking(bound_blocks, now))
+
+    def drop(self, reservation: str) -> int:
+        """Take a booking away; how many blocks it promised."""
+        booking = self.bookings.pop(reservation)
+        self.reserved_blocks -= booking.reserved_blocks
+        self.predicted_blocks -= booking.predicted_blocks
+        return booking.bound_blocks
+
+    def remember_end(self, reservation: str, now: float) -> None:
+        """Someone who knows said that this request has ended."""
+        self._ended[reservation] = now
+
+    def observe(self, report: CapacityReport, now: float) -> list[str]:
+        """Take a newer report; the reservations that it shows for the first time without a booking.
+
+        Those are requests of before a restart of the coordinator, or such as outlived their lease. The report
+        tells what they hold but not their bound, so they are booked with the most that one can hold which
+        holds that much: its own blocks as prompt, and on top what behind a prompt may live.
+        """
+        self.report = report
+        self.reported_at = now
+        strangers = []
+        for reservation, held in report.held_blocks.items():
+            if reservation in self._ended:
+                continue
+            if reservation not in self.bookings:
+                self._add(reservation, Booking(self._largest_bound(held), now))
+                strangers.append(reservation)
+        for reservation, booking in self.bookings.items():
+            # Not shown any more and not finished: preempted. It will come back for its whole bound.
+            booking.held_blocks = report.held_blocks.get(reservation)
+            if booking.held_blocks is not None:
+                booking.heard_at = now
+        self.reserved_blocks = sum(b.reserved_blocks for b in self.bookings.values())
+        self.predicted_blocks = sum(b.predicted_blocks for b in self.bookings.values())
+        return strangers
+
+    def expired(self, now: float, lease_seconds: float) -> list[str]:
+        """Bookings that no report has shown for longer than the lease. Forgets endings of that age, too."""
+        self._ended = {r: at for r, at in self._ended.items() if now - at <= lease_seconds}
+        return [r for r, booking in self.bookings.items() if now - booking.heard_at > lease_seconds]
+
+    def snapshot(self, now: float, stale_seconds: float) -> ReplicaSnapshot:
+        engine, limits = self.report.engine, self.report.limits
+        return ReplicaSnapshot(
+            replica=self.report.replica,
+            epoch=self.report.epoch,
+            max_model_len=limits.max_model_len,
+            budget=None if limits.compression is None else limits.compression.budget,
+            engine=engine,
+            report_age_seconds=self.age_seconds(now),
+            fresh=self.age_seconds(now) <= stale_seconds,
+            held_blocks=engine.total_blocks - engine.free_blocks,
+            reserved_blocks=self.reserved_blocks,
+            predicted_blocks=self.predicted_blocks,
+            headroom_blocks=self.headroom_blocks,
+            reservations=len(self.bookings),
+            drift_blocks=self.drift_blocks,
+        )
+
+    def _add(self, reservation: str, booking: Booking) -> None:
+        self.bookings[reservation] = booking
+        self.reserved_blocks += booking.reserved_blocks
+        self.predicted_blocks += booking.predicted_blocks
+
+    def _largest_bound(self, held_blocks: int) -> int:
+        engine, limits = self.report.engine, self.report.limits
+        held_tokens = held_blocks * engine.block_size
+        longest = max(held_tokens, limits.max_model_len)
+        return blocks_bound(
+            held_tokens, longest, engine.block_size, limits.compression, engine.in_flight_tokens
+        )
+
+
+class Ledger:
+    """All replicas that have reported, and where each reservation is booked."""
+
+    def __init__(self, lease_seconds: float, stale_report_seconds: float, watermark_blocks: int) -> None:
+        self.lease_seconds = lease_seconds
+        self.stale_report_seconds = stale_report_seconds
+        self.watermark_blocks = watermark_blocks
+        self.replicas: dict[str, ReplicaLedger] = {}
+        self.lease_expirations = 0
+        self.reports_ignored = 0
+        self.ended_blocks = 0
+        """Bounds of all bookings that ended: what the release rate is measured on."""
+        self._replica_of: dict[str, str] = {}
+        self._past_epochs: deque[tuple[str, str]] = deque(maxlen=REMEMBERED_EPOCHS)
+        self._removed: dict[tuple[str, str], float] = {}
+
+    def __contains__(self, reservation: str) -> bool:
+        return reservation in self._replica_of
+
+    def observe(self, report: CapacityReport, now: float) -> bool:
+        """Take a report; False for one to ignore: a duplicate, overtaken by a later one, or of a past epoch.
+
+        What an ignored report says of ends still counts: an end is never taken back.
+        """
+        known = self.replicas.get(report.replica)
+        origin = (report.replica, report.epoch)
+        is_past = origin in self._past_epochs or origin in self._removed
+        if known is None and not is_past:
+            known = self.replicas[report.replica] = ReplicaLedger(report, now, self.watermark_blocks)
+            is_newer = True
+        else:
+            is_newer = known is not None and not is_past and self._is_newer(report, known.report)
+        for reservation in report.finished:
+            self.release(reservation, now)
+            if known is not None:
+                known.remember_end(reservation, now)
+        if known is None or not is_newer:
+            self.reports_ignored += 1
+            return False
+        if report.epoch != known.report.epoch:
+            # A new engine holds nothing of the old one's; what it already shows did reach the new one.
+            self._past_epochs.append((report.replica, known.report.epoch))
+            for reservation in [r for r in known.bookings if r not in report.held_blocks]:
+                self._drop(reservation)
+        for stranger in known.observe(report, now):
+            self._replica_of[stranger] = report.replica
+        return True
+
+    def book(self, reservation: str, replica: str, bound_blocks: int, now: float) -> None:
+        self.replicas[replica].book(reservation, bound_blocks, now)
+        self._replica_of[reservation] = replica
+
+    def release(self, reservation: str, now: float) -> bool:
+        """End a booking that someone says is over; False, and no harm, where there is none."""
+        replica = self._replica_of.get(reservation)
+        if replica is None:
+            return False
+        self._drop(reservation)
+        self.replicas[replica].remember_end(reservation, now)
+        return True
+
+    def remove(self, replica: str, now: float) -> None:
+        """Forget a replica that is gone. Reports that are still on their way are ignored for one lease."""
+        known = self.replicas.get(replica)
+        if known is None:
+            return
+        for reservation in list(known.bookings):
+            self._drop(reservation)
+        self._removed[replica, known.report.epoch] = now
+        del self.replicas[replica]
+
+    def expire(self, now: float) -> None:
+        """Drop the bookings whose lease has run out. Should one show up after all, it is a stranger then."""
+        self._removed = {origin: at for origin, at in self._removed.items() if now - at <= self.lease_seconds}
+        for known in self.replicas.values():
+            for reservation in known.expired(now, self.lease_seconds):
+                self._drop(reservation)
+                self.lease_expirations += 1
+
+    def fresh(self, now: float) -> Iterator[ReplicaLedger]:
+        """Replicas heard of lately. The others may be idle or full, so nothing new goes there."""
+        return (r for r in self.replicas.values() if r.age_seconds(now) <= self.stale_report_seconds)
+
+    def snapshot(self, now: float) -> tuple[ReplicaSnapshot, ...]:
+        names = sorted(self.replicas)
+        return tuple(self.replicas[name].snapshot(now, self.stale_report_seconds) for name in names)
+
+    def _drop(self, reservation: str) -> None:
+        self.ended_blocks += self.replicas[self._replica_of.pop(reservation)].drop(reservation)
+
+    @staticmethod
+    def _is_newer(report: CapacityReport, last: CapacityReport) -> bool:
+        return report.epoch != last.epoch or report.sequence > last.sequence

@@ -1,0 +1,208 @@
+"""Every metric of ours, by name, and how a fleet snapshot is exposed. Dashboards and tests import the names.
+
+`triattention_` is what the engines say of themselves, `trifleet_` what the coordinator knows and decides.
+Labels are `model`, `replica`, `reason` and `class`; never a request, so the number of series is bounded by
+the number of replicas. An engine that starts anew starts its counters anew, as Prometheus expects of one.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from deploy.admission import WAIT_BUCKETS_SECONDS, FleetSnapshot, WaitHistogram
+from deploy.ledger import ReplicaSnapshot
+
+Kind = Literal["counter", "gauge", "histogram"]
+REPLICA = ("model", "replica")
+FLEET = ("model",)
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A metric as Prometheus shows it: `name` is the whole name, with `_total` for counters."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...]
+
+
+COMPACTIONS = Descriptor(
+    "triattention_compactions_total", "counter", "Compactions of a request's KV cache.", REPLICA
+)
+FREED_BLOCKS = Descriptor(
+    "triattention_freed_blocks_total", "counter", "KV blocks that compactions gave back to the pool.", REPLICA
+)
+RECLAIMED_BYTES = Descriptor(
+    "triattention_reclaimed_bytes_total", "counter", "Bytes of the freed blocks, over all layers.", REPLICA
+)
+EVICTED_TOKENS = Descriptor(
+    "triattention_evicted_tokens_total", "counter", "Tokens that compactions dropped, per KV head.", REPLICA
+)
+STRANDED_SLOTS = Descriptor(
+    "triattention_stranded_slots",
+    "gauge",
+    "Live slots lost to alignment after the compactions so far; 0 by construction.",
+    REPLICA,
+)
+PREEMPTIONS = Descriptor(
+    "triattention_preemptions_total", "counter", "Requests that lost all their blocks to others.", REPLICA
+)
+PEAK_BLOCKS_PER_REQUEST = Descriptor(
+    "triattention_peak_blocks_per_request", "gauge", "Most KV blocks that one request has held.", REPLICA
+)
+BLOCK_BYTES = Descriptor(
+    "triattention_block_bytes", "gauge", "Bytes of one KV block, over all layers.", REPLICA
+)
+
+TOTAL_BLOCKS = Descriptor("trifleet_total_blocks", "gauge", "KV blocks of the replica's pool.", REPLICA)
+FREE_BLOCKS = Descriptor("trifleet_free_blocks", "gauge", "Free KV blocks, as last reported.", REPLICA)
+HELD_BLOCKS = Descriptor("trifleet_held_blocks", "gauge", "KV blocks in use, as last reported.", REPLICA)
+RESERVED_BLOCKS = Descriptor(
+    "trifleet_reserved_blocks", "gauge", "Blocks promised to requests that no report shows yet.", REPLICA
+)
+PREDICTED_BLOCKS = Descriptor(
+    "trifleet_predicted_blocks",
+    "gauge",
+    "Blocks that running requests may still take, up to their bound.",
+    REPLICA,
+)
+HEADROOM_BLOCKS = Descriptor(
+    "trifleet_headroom_blocks", "gauge", "Free less reserved, predicted and watermark blocks.", REPLICA
+)
+DRIFT_BLOCKS = Descriptor(
+    "trifleet_ledger_drift_blocks",
+    "gauge",
+    "Held blocks that no reservation explains; negative where requests share prefix blocks.",
+    REPLICA,
+)
+REPORT_AGE = Descriptor("trifleet_report_age_seconds", "gauge", "Age of the replica's last report.", REPLICA)
+FRESH = Descriptor(
+    "trifleet_replica_fresh", "gauge", "1 while the replica reports; 0 takes it out of placement.", REPLICA
+)
+RUNNING = Descriptor(
+    "trifleet_running_requests", "gauge", "Sequences that decode, as last reported.", REPLICA
+)
+WAITING = Descriptor(
+    "trifleet_waiting_requests", "gauge", "Sequences that wait inside the engine, as last reported.", REPLICA
+)
+RESERVATIONS = Descriptor("trifleet_reservations", "gauge", "Requests booked on the replica.", REPLICA)
+PLACEMENTS = Descriptor(
+    "trifleet_placements_total", "counter", "Requests placed on the replica, by reason.", (*REPLICA, "reason")
+)
+
+ADMISSIONS = Descriptor("trifleet_admissions_total", "counter", "Requests placed on any replica.", FLEET)
+REJECTIONS = Descriptor(
+    "trifleet_rejections_total", "counter", "Requests refused, by reason.", (*FLEET, "reason")
+)
+QUEUE_LENGTH = Descriptor(
+    "trifleet_queue_length", "gauge", "Requests that wait for a replica, by class.", (*FLEET, "class")
+)
+QUEUED_BLOCKS = Descriptor("trifleet_queued_blocks", "gauge", "Blocks that the waiting requests need.", FLEET)
+QUEUE_WAIT = Descriptor(
+    "trifleet_queue_wait_seconds", "histogram", "Time from submission to placement.", (*FLEET, "class")
+)
+LEASE_EXPIRATIONS = Descriptor(
+    "trifleet_lease_expirations_total", "counter", "Reservations that ended unheard of.", FLEET
+)
+REPORTS_IGNORED = Descriptor(
+    "trifleet_reports_ignored_total",
+    "counter",
+    "Reports that were duplicate, overtaken or of a past epoch.",
+    FLEET,
+)
+
+METRICS: tuple[Descriptor, ...] = tuple(
+    value for value in globals().values() if isinstance(value, Descriptor)
+)
+
+_PER_REPLICA: dict[Descriptor, Callable[[ReplicaSnapshot], float]] = {
+    COMPACTIONS: lambda replica: replica.engine.compactions,
+    FREED_BLOCKS: lambda replica: replica.engine.freed_blocks,
+    RECLAIMED_BYTES: lambda replica: replica.engine.reclaimed_bytes,
+    EVICTED_TOKENS: lambda replica: replica.engine.evicted_tokens,
+    STRANDED_SLOTS: lambda replica: replica.engine.stranded_slots,
+    PREEMPTIONS: lambda replica: replica.engine.preemptions,
+    PEAK_BLOCKS_PER_REQUEST: lambda replica: replica.engine.peak_blocks_per_request,
+    BLOCK_BYTES: lambda replica: replica.engine.bytes_per_block,
+    TOTAL_BLOCKS: lambda replica: replica.engine.total_blocks,
+    FREE_BLOCKS: lambda replica: replica.engine.free_blocks,
+    HELD_BLOCKS: lambda replica: replica.held_blocks,
+    RESERVED_BLOCKS: lambda replica: replica.reserved_blocks,
+    PREDICTED_BLOCKS: lambda replica: replica.predicted_blocks,
+    HEADROOM_BLOCKS: lambda replica: replica.headroom_blocks,
+    DRIFT_BLOCKS: lambda replica: replica.drift_blocks,
+    REPORT_AGE: lambda replica: replica.report_age_seconds,
+    FRESH: lambda replica: replica.fresh,
+    RUNNING: lambda replica: replica.engine.running,
+    WAITING: lambda replica: replica.engine.waiting,
+    RESERVATIONS: lambda replica: replica.reservations,
+}
+
+_PER_FLEET: dict[Descriptor, Callable[[FleetSnapshot], float]] = {
+    ADMISSIONS: lambda fleet: fleet.admissions,
+    QUEUED_BLOCKS: lambda fleet: fleet.queued_blocks,
+    LEASE_EXPIRATIONS: lambda fleet: fleet.lease_expirations,
+    REPORTS_IGNORED: lambda fleet: fleet.reports_ignored,
+}
+
+
+class FleetCollector(Collector):
+    """Renders the snapshot of the moment at every scrape; keeps nothing between scrapes."""
+
+    def __init__(self, model: str, read: Callable[[], FleetSnapshot]) -> None:
+        self._model = model
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        fleet = self._read()
+        for metric, of_replica in _PER_REPLICA.items():
+            yield _family(metric, (((self._model, r.replica), of_replica(r)) for r in fleet.replicas))
+        for metric, of_fleet in _PER_FLEET.items():
+            yield _family(metric, [((self._model,), of_fleet(fleet))])
+        placements = (
+            ((self._model, replica, reason), count)
+            for replica, reasons in fleet.placements.items()
+            for reason, count in reasons.items()
+        )
+        yield _family(PLACEMENTS, placements)
+        yield _family(REJECTIONS, (((self._model, reason), n) for reason, n in fleet.rejections.items()))
+        yield _family(QUEUE_LENGTH, (((self._model, kind), n) for kind, n in fleet.queue_length.items()))
+        waits = HistogramMetricFamily(QUEUE_WAIT.name, QUEUE_WAIT.help, labels=QUEUE_WAIT.labels)
+        for kind, histogram in fleet.waits.items():
+            waits.add_metric((self._model, kind), _buckets(histogram), histogram.sum_seconds)
+        yield waits
+
+
+def render(snapshot: FleetSnapshot, model: str) -> bytes:
+    """One snapshot in Prometheus' text format, for a process that was sent it."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(FleetCollector(model, lambda: snapshot))
+    return generate_latest(registry)
+
+
+def _family(metric: Descriptor, samples: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+    family = kinds[metric.kind](metric.name, metric.help, labels=metric.labels)
+    for labels, value in samples:
+        family.add_metric(labels, value)
+    return family
+
+
+def _buckets(histogram: WaitHistogram) -> list[tuple[str, float]]:
+    """Prometheus' buckets count everything up to their bound."""
+    bounds = [*(str(bound) for bound in WAIT_BUCKETS_SECONDS), "+Inf"]
+    running, buckets = 0, []
+    for bound, count in zip(bounds, histogram.counts, strict=True):
+        running += count
+        buckets.append((bound, float(running)))
+    return buckets

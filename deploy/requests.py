@@ -1,0 +1,187 @@
+"""Reads an OpenAI request body: what is wrong with it, or what it will ask of a replica. Pure, no Ray, no HTTP.
+
+Judges only what placement needs (the model's name, the prompt, the output limit). Every other field is vLLM's
+to check, so a body that is not understood here is admitted with a generous estimate, never guessed at.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deploy.messages import Demand
+from replicas.headers import Answer
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions; chat has none
+
+
+class TokenCounter(Protocol):
+    def chat(self, body: dict[str, Any]) -> int:
+        """Tokens of the prompt that the chat template makes of `body["messages"]`."""
+        ...
+
+    def text(self, text: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    model: str
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Admissible:
+    demand: Demand
+    kind: str | None
+    """"chat", "completion", or None for another endpoint or a body that has both fields."""
+
+
+def examine(raw: bytes, reservation: str, served: Served, counter: TokenCounter) -> Admissible | Answer:
+    """The demand of a request, or the answer that refuses it."""
+    try:
+        body = _body(raw)
+        _check_model(body, served)
+        kind = _kind(body)
+        if "messages" in body:
+            _check_messages(body["messages"])
+            limit_name = (
+                "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+            )
+            prompts = [_count_chat(body, raw, counter)]
+        elif "prompt" in body:
+            limit_name = "max_tokens"
+            prompts = _count_prompts(body["prompt"], counter)
+        else:
+            limit_name = "max_output_tokens"
+            prompts = [len(raw)]  # another endpoint's format: a token is at least one byte
+        longest = _truncated(max(prompts), body)
+        _check_length(longest, served, kind)
+        default = DEFAULT_COMPLETION_TOKENS if kind == "completion" else served.max_model_len - longest
+        asked = _whole_number(body, limit_name)
+        output = min(default, served.max_model_len - longest) if asked is None else asked
+        if longest + output > served.max_model_len and kind is not None:
+            raise _Wrong(
+                f"{limit_name} is {output}, but the prompt has {longest} tokens and max_model_len is "
+                f"{served.max_model_len}: lower {limit_name} to at most {served.max_model_len - longest}.",
+                limit_name,
+            )
+        sequences = len(prompts) * (_whole_number(body, "n") or 1)
+    except _Wrong as wrong:
+        return wrong.answer
+    total = min(longest + output, served.max_model_len)
+    return Admissible(Demand(reservation, min(longest, total), total, sequences), kind)
+
+
+def too_large(advertised: str) -> Answer:
+    """`advertised`: HAProxy's "read/total" bytes of a body that did not fit its buffer."""
+    message = (
+        f"The request body is larger than this fleet takes ({advertised} bytes were read): "
+        "shorten it, or raise http.max_body_bytes in the settings."
+    )
+    return Answer(413, "RequestEntityTooLargeError", message)
+
+
+class _Wrong(Exception):
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        kind = "NotFoundError" if status == 404 else "BadRequestError"
+        self.answer = Answer(status, kind, message, param)
+
+
+def _body(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
+    except UnicodeDecodeError:
+        raise _Wrong("The request body is not valid JSON: it is not UTF-8 text.") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise _Wrong(f"The request body is not valid JSON: {error.msg} at {where}.") from None
+    except RecursionError:
+        raise _Wrong("The request body is not usable JSON: it is nested too deeply.") from None
+    if not isinstance(body, dict):
+        raise _Wrong("The request body is not a JSON object: send {...} with the request's fields.")
+    return body
+
+
+def _kind(body: dict[str, Any]) -> str | None:
+    chat, completion = "messages" in body, "prompt" in body
+    if chat and completion:
+        return None
+    if chat:
+        return "chat"
+    if completion:
+        return "completion"
+    if "input" in body:
+        return None
+    raise _Wrong(
+        "The request has no input: a chat completion needs messages, a completion needs prompt.", "messages"
+    )
+
+
+def _check_model(body: dict[str, Any], served: Served) -> None:
+    model = body.get("model")
+    if model is not None and model != served.model:
+        named = model if isinstance(model, str) else json.dumps(model)
+        message = f"The model `{named[:100]}` does not exist: this fleet serves `{served.model}`."
+        raise _Wrong(message, "model", 404)
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise _Wrong(
+            "messages is empty or not a list: a chat completion needs at least one message.", "messages"
+        )
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise _Wrong(
+                f"messages[{index}] is not a message: each is an object with a role and content.", "messages"
+            )
+
+
+def _whole_number(body: dict[str, Any], name: str) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _Wrong(f"{name} is {json.dumps(value)[:50]}: it must be a whole number of at least 1.", name)
+    return value
+
+
+def _count_chat(body: dict[str, Any], raw: bytes, counter: TokenCounter) -> int:
+    try:
+        return counter.chat(body)
+    except Exception:
+        # The template refused these messages, or they hold more than text: vLLM will say or know better.
+        return len(raw)
+
+
+def _count_prompts(prompt: Any, counter: TokenCounter) -> list[int]:
+    if isinstance(prompt, str):
+        return [counter.text(prompt)]
+    if _is_list(prompt) and prompt:
+        if all(isinstance(token, int) for token in prompt):
+            return [len(prompt)]
+        if all(isinstance(part, str) for part in prompt):
+            return [counter.text(part) for part in prompt]
+        if all(_is_list(part) for part in prompt):
+            return [len(part) for part in prompt]
+    raise _Wrong(
+        "prompt is not a prompt: a completion needs a string, or a list of strings or token ids.", "prompt"
+    )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _truncated(tokens: int, body: dict[str, Any]) -> int:
+    limit = body.get("truncate_prompt_tokens")
+    return min(tokens, limit) if isinstance(limit, int) and limit > 0 else tokens
+
+
+def _check_length(prompt_tokens: int, served: Served, kind: str | None) -> None:
+    if kind is not None and prompt_tokens >= served.max_model_len:
+        raise _Wrong(
+            f"The prompt has {prompt_tokens} tokens, but max_model_len is {served.max_model_len} and at least one "
+            "token of output must fit: shorten the prompt.",
+            "messages" if kind == "chat" else "prompt",
+        )

@@ -1,0 +1,89 @@
+"""The ASGI layer between HAProxy and vLLM's application: carries out what the router decided.
+
+A refused request is answered here and never reaches the engine. An admitted one carries its reservation into
+vLLM as the request id, and its end, in whatever way, is told to the reporter. The fleet's own pages are
+answered here too, because replicas are the fleet's only HTTP servers.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from replicas.headers import KIND, REFUSAL, RESERVATION, Answer
+
+
+@dataclass(frozen=True)
+class Page:
+    media_type: str
+    render: Callable[[], Awaitable[bytes]]
+
+
+_KIND_OF_PATH = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
+_MISSING = {
+    "chat": "messages is missing: a chat completion needs a list of at least one message.",
+    "completion": "prompt is missing: a completion needs a string, or a list of strings or token ids.",
+}
+_FIELD = {"chat": "messages", "completion": "prompt"}
+
+
+class Gate:
+    def __init__(self, app: ASGIApp, finish: Callable[[str], None], pages: Mapping[str, Page]) -> None:
+        self._app = app
+        self._finish = finish
+        self._pages = pages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "GET" and (page := self._pages.get(scope["path"])):
+            await (await _render(page))(scope, receive, send)
+            return
+        headers = MutableHeaders(scope=scope)
+        reservation = headers.get(RESERVATION)
+        try:
+            if answer := _refusal(scope["path"], headers):
+                await _refuse(answer)(scope, receive, send)
+                return
+            if reservation is not None:
+                headers["x-request-id"] = reservation
+            await self._app(scope, receive, send)
+        finally:
+            # Also on CancelledError, which is how Serve ends a request whose client left. vLLM has then
+            # aborted it in the engine already: its abort runs inside the application.
+            if reservation is not None:
+                self._finish(reservation)
+
+
+def _refusal(path: str, headers: MutableHeaders) -> Answer | None:
+    """What to answer instead of the engine, if anything.
+
+    The router sees bodies but not paths. So it refuses what is wrong for every OpenAI endpoint, and says which
+    kind of request the body is; whether that suits the path is seen here.
+    """
+    if not path.startswith("/v1/"):
+        return None
+    if encoded := headers.get(REFUSAL):
+        return Answer.decode(encoded)
+    wanted, kind = _KIND_OF_PATH.get(path), headers.get(KIND)
+    if wanted and kind and wanted != kind:
+        return Answer(400, "invalid_request_error", _MISSING[wanted], _FIELD[wanted])
+    return None
+
+
+def _refuse(answer: Answer) -> Response:
+    headers = {}
+    if answer.retry_after_seconds is not None:
+        headers["retry-after"] = str(answer.retry_after_seconds)
+    return JSONResponse(answer.body(), answer.status, headers)
+
+
+async def _render(page: Page) -> Response:
+    try:
+        return Response(await page.render(), media_type=page.media_type)
+    except Exception:
+        answer = Answer(503, "service_unavailable", "The coordinator does not answer now: ask again in a second.")
+        return _refuse(answer)

@@ -1,0 +1,111 @@
+"""An independent reference: transformers in fp32 with a dense KV cache, the same evictions applied as masks.
+
+Shares with the engine only its settings and the statistics file's numbers. Nothing is moved or freed here: every
+key stays at its position, and a bool per (layer, KV head, token) says which are visible. Scores follow the paper's
+definition: 17 offsets summed one by one in fp64 over un-rotated keys and explicit distances.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from triattention.config import CompressionConfig
+
+OFFSETS = [2**i for i in range(17)]
+
+
+class DenseReference:
+    def __init__(self, model: Path, statistics: Path) -> None:
+        self.visible: list[torch.Tensor] | None = None
+        ALL_ATTENTION_FUNCTIONS.register("visible_only", self._attention)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="visible_only"
+        )
+        config = self.model.config
+        self.kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // self.kv_heads
+        self.head_dim = config.head_dim
+        theta = config.rope_parameters["rope_theta"]
+        self.frequencies = theta ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
+        numbers = load_file(statistics)
+        self.query_mean = torch.view_as_complex(numbers["query_mean"].double())  # [layers, q_heads, bands]
+        self.query_magnitude = numbers["query_magnitude"].double()
+
+    def _attention(self, module, query, key, value, attention_mask, scaling, **_):  # type: ignore[no-untyped-def]
+        queries, tokens = query.shape[2], key.shape[2]
+        causal = torch.arange(tokens) <= torch.arange(tokens - queries, tokens)[:, None]
+        mask = causal.expand(self.kv_heads, -1, -1)
+        if self.visible is not None:
+            mask = mask & self.visible[module.layer_idx][:, None, :tokens]
+        key, value, mask = (x.repeat_interleave(self.group, dim=-3) for x in (key, value, mask))
+        weights = (query @ key.transpose(-1, -2) * scaling).masked_fill(~mask, -torch.inf).softmax(-1)
+        return (weights @ value).transpose(1, 2).contiguous(), None
+
+    def scores(self, rotated: torch.Tensor, positions: torch.Tensor, layer: int, now: int) -> torch.Tensor:
+        """rotated keys [kv_heads, n, head_dim] at positions [kv_heads, n] -> fp64 [kv_heads, n]."""
+        half = self.head_dim // 2
+        cached = torch.complex(rotated[..., :half].double(), rotated[..., half:].double())
+        key = cached * torch.polar(torch.ones(()).double(), -positions[..., None] * self.frequencies)
+        distance = (now - positions).double()
+        result = torch.full(rotated.shape[:2], -torch.inf, dtype=torch.float64)
+        for head in range(self.kv_heads * self.group):
+            kv_head = head // self.group
+            mean, magnitude = self.query_mean[layer, head], self.query_magnitude[layer, head]
+            product = mean * key[kv_head].conj()  # [n, bands]: amplitude |E q||k| and phase at distance 0
+            trig = torch.zeros(rotated.shape[1], dtype=torch.float64)
+            for offset in OFFSETS:
+                angle = (distance[kv_head] + offset)[:, None] * self.frequencies + product.angle()
+                trig += (product.abs() * angle.cos()).sum(-1)
+            score = trig / len(OFFSETS) + (key[kv_head].abs() * (magnitude - mean.abs())).sum(-1)
+            result[kv_head] = torch.maximum(result[kv_head], (score - score.mean()) / score.std())
+        return result
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: list[int], tokens: int, config: CompressionConfig, block_size: int, in_flight: int
+    ) -> tuple[list[int], int]:
+        """Greedy continuation and the number of compactions.
+
+        `in_flight`: tokens already computed beyond those that a compaction sees (1 with async scheduling).
+        """
+        cache = DynamicCache()
+        layers = self.model.config.num_hidden_layers
+        self.visible = None
+        logits = self.model(torch.tensor([prompt]), past_key_values=cache).logits
+        self.visible = [
+            torch.ones(self.kv_heads, len(prompt) + tokens, dtype=torch.bool) for _ in range(layers)
+        ]
+        pinned = -(-len(prompt) // block_size) * block_size
+        first_live, compactions, output = pinned, 0, [int(logits[0, -1].argmax())]
+        while len(output) < tokens:
+            computed = len(prompt) + len(output) - 1  # the last sampled token is computed next
+            processed = computed - in_flight
+            if len(output) > 1 and processed - first_live >= config.budget + config.interval:
+                first_live = (processed - config.budget) // block_size * block_size
+                self._evict(cache, pinned, processed, processed - first_live, config)
+                compactions += 1
+            logits = self.model(torch.tensor([[output[-1]]]), past_key_values=cache).logits
+            output.append(int(logits[0, -1].argmax()))
+        return output, compactions
+
+    def _evict(
+        self, cache: DynamicCache, pinned: int, processed: int, keep: int, config: CompressionConfig
+    ) -> None:
+        assert self.visible is not None
+        candidates, scores = [], []
+        for layer, visible in enumerate(self.visible):
+            positions = torch.stack([row[:processed].nonzero().flatten() for row in visible])
+            positions = torch.stack([row[row >= pinned] for row in positions])
+            keys = cache.layers[layer].keys[0].gather(1, positions[..., None].expand(-1, -1, self.head_dim))
+            candidates.append(positions)
+            scores.append(self.scores(keys, positions, layer, processed))
+        if config.selection == "per_head":
+            mean = torch.stack(scores).mean(0)
+            scores = [mean] * len(scores)
+        for visible, positions, score in zip(self.visible, candidates, scores, strict=True):
+            score = score.masked_fill(positions >= processed - config.window, torch.inf)
+            dropped = score.argsort(dim=-1)[:, : positions.shape[1] - keep]
+            visible.scatter_(1, positions.gather(1, dropped), False)
