@@ -9,7 +9,7 @@ STATISTICS = MODEL / "statistics.safetensors"
 
 
 def demo_prompt(seed: int, tokens: int) -> str:
-    """A user message whose reply takes about `tokens` output tokens (up to about 4,000)."""
+    """A user message whose reply takes about `tokens` output tokens (up to about 2,400)."""
     return tasks.held_out_walk(seed, tokens).prompt
 
 

@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[200, 600, 1000, 1500, 1800, 2500, 4000])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[200, 600, 1000, 1500, 1800, 2400])
     parser.add_argument("--instances", type=int, default=100)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

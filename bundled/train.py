@@ -178,7 +178,9 @@ def export(weights: dict[str, torch.Tensor], config: Qwen3Config, out: Path) -> 
     (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "temperature": 0.0}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    tensors = {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items() if "lm_head" not in name}
+    tensors = {
+        name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items() if "lm_head" not in name
+    }
     part = out / "model.safetensors.part"
     save_file(tensors, part, metadata={"format": "pt"})
     part.replace(out / "model.safetensors")
@@ -247,8 +249,12 @@ def train(minutes: float, out: Path, checkpoint: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=45, help="stop after so many minutes; run again to go on")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="folder of the exported model")
-    parser.add_argument("--checkpoint", type=Path, default=Path("build/bundled.pt"), help="what a later run resumes from")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "model", help="folder of the exported model"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("build/bundled.pt"), help="what a later run resumes from"
+    )
     arguments = parser.parse_args()
     arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     train(arguments.minutes, arguments.out, arguments.checkpoint)

@@ -44,14 +44,10 @@ def calibrate(
     if isinstance(text, str):
         raise ValueError("text is a single string: pass a list of documents, or a Path to a text file")
     if chunk_tokens < 2:
-        raise ValueError(
-            f"chunk_tokens is {chunk_tokens}: a chunk needs room for BOS and text, set 2 or more"
-        )
+        raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs room for BOS and text, set 2 or more")
     config = AutoConfig.from_pretrained(model)
     rope = RopeParameters.from_config(config)
-    network = (
-        AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(device).eval()
-    )
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     facts = model_facts(config)

@@ -18,9 +18,7 @@ import torch
 from triattention.config import CompressionConfig
 
 
-def first_live_block(
-    processed_tokens: int, first_block: int, block_size: int, config: CompressionConfig
-) -> int | None:
+def first_live_block(processed_tokens: int, first_block: int, block_size: int, config: CompressionConfig) -> int | None:
     """Block at which the live region starts after a compaction at `processed_tokens`, or None where none is due.
 
     `first_block` is where it starts now. The kept count `processed_tokens - cut * block_size` is at least the

@@ -16,9 +16,7 @@ class CompressionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    budget: int = Field(
-        2048, ge=32, description="tokens kept per KV head after a compaction, pinned prompt aside"
-    )
+    budget: int = Field(2048, ge=32, description="tokens kept per KV head after a compaction, pinned prompt aside")
     interval: int = Field(128, ge=1, description="tokens that a request decodes between two compactions")
     window: int = Field(128, ge=0, description="most recent tokens that are always kept")
     prompt: Literal["pin", "compress"] = Field(
@@ -33,9 +31,7 @@ class CompressionConfig(BaseModel):
         description="admit a request only if every running one can still grow to its bound: no preemption",
     )
     policy: str = Field("triattention", description="name of a registered scoring policy")
-    statistics: Path | None = Field(
-        None, description="calibrated query statistics (safetensors) of the model"
-    )
+    statistics: Path | None = Field(None, description="calibrated query statistics (safetensors) of the model")
 
     @model_validator(mode="after")
     def _check(self) -> "CompressionConfig":

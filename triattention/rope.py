@@ -48,8 +48,7 @@ class RopeParameters:
     def __post_init__(self) -> None:
         if self.rotary_dim != 2 * len(self.inv_freq):
             raise ValueError(
-                f"rotary_dim is {self.rotary_dim} but there are {len(self.inv_freq)} frequencies: it must be "
-                "twice that"
+                f"rotary_dim is {self.rotary_dim} but there are {len(self.inv_freq)} frequencies: it must be twice that"
             )
         if self.rotary_dim > self.head_dim or self.head_dim % 2:
             raise ValueError(
@@ -104,9 +103,7 @@ class RopeParameters:
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Heads [..., tokens, head_dim] rotated to `positions` [tokens], as the model does it but in fp64."""
         phases = positions.double()[:, None] * self.frequencies().to(x.device)
-        turned = self.as_complex(x.double()) * torch.polar(
-            self.scales().to(x.device).expand_as(phases), phases
-        )
+        turned = self.as_complex(x.double()) * torch.polar(self.scales().to(x.device).expand_as(phases), phases)
         return self.as_heads(turned)
 
     def plain(self) -> dict[str, Any]:
@@ -188,9 +185,7 @@ def find_rotary(model: nn.Module) -> nn.Module:
     rotary = next(iter(found.values()))
     rope_type = getattr(rotary, "rope_type", None)
     if not isinstance(rope_type, str):
-        raise ValueError(
-            f"{name} rotates its layers by different tables: TriAttention needs one table for all layers"
-        )
+        raise ValueError(f"{name} rotates its layers by different tables: TriAttention needs one table for all layers")
     if rope_type in ("dynamic", "longrope"):
         raise ValueError(
             f'{name} has rope_type "{rope_type}", whose frequencies change with the length of the sequence: '

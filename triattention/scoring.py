@@ -89,9 +89,7 @@ class Scorer:
         layers, kv_heads, tokens, head_dim = keys.shape
         if self.query_mean.device != keys.device:
             self.query_mean, self.spread = self.query_mean.to(keys.device), self.spread.to(keys.device)
-        turned = self.query_mean * mean_rotation(self.frequencies, position).to(torch.complex64).to(
-            keys.device
-        )
+        turned = self.query_mean * mean_rotation(self.frequencies, position).to(torch.complex64).to(keys.device)
         real_weight, imag_weight = turned.real.contiguous(), turned.imag.contiguous()
 
         scores = torch.empty((*turned.shape[:3], tokens), dtype=torch.float32, device=keys.device)

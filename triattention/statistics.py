@@ -89,9 +89,7 @@ class QueryStatistics:
         temporary.replace(path)
 
     @classmethod
-    def load(
-        cls, path: Path, model_config: PreTrainedConfig, layers: Sequence[int] | None = None
-    ) -> "QueryStatistics":
+    def load(cls, path: Path, model_config: PreTrainedConfig, layers: Sequence[int] | None = None) -> "QueryStatistics":
         """Reads statistics and checks that they are whole and fit the model.
 
         `layers`: model layers that must be among them; None means every layer of the model.
@@ -142,9 +140,7 @@ class QueryStatistics:
             broken = ~tensor.isfinite().flatten(1).all(dim=1)
             if broken.any():
                 layer = self.layers[int(broken.nonzero()[0])]
-                raise ValueError(
-                    f"statistics {path} hold a NaN or infinity in {name} of layer {layer}: {_RECALIBRATE}"
-                )
+                raise ValueError(f"statistics {path} hold a NaN or infinity in {name} of layer {layer}: {_RECALIBRATE}")
 
     def _check_fit(self, path: Path, model_config: PreTrainedConfig, layers: Sequence[int] | None) -> None:
         ours = model_facts(model_config)
@@ -157,8 +153,7 @@ class QueryStatistics:
         difference = self.rope.difference(RopeParameters.from_config(model_config))
         if difference is not None:
             raise ValueError(
-                f"statistics {path} were made for {self.model_id} with {difference} of this model: "
-                f"{_RECALIBRATE}"
+                f"statistics {path} were made for {self.model_id} with {difference} of this model: {_RECALIBRATE}"
             )
         needed = range(ours["num_hidden_layers"]) if layers is None else layers
         missing = [layer for layer in needed if layer not in self.layers]

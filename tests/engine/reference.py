@@ -75,9 +75,7 @@ class DenseReference:
         layers = self.model.config.num_hidden_layers
         self.visible = None
         logits = self.model(torch.tensor([prompt]), past_key_values=cache).logits
-        self.visible = [
-            torch.ones(self.kv_heads, len(prompt) + tokens, dtype=torch.bool) for _ in range(layers)
-        ]
+        self.visible = [torch.ones(self.kv_heads, len(prompt) + tokens, dtype=torch.bool) for _ in range(layers)]
         pinned = -(-len(prompt) // block_size) * block_size
         first_live, compactions, output = pinned, 0, [int(logits[0, -1].argmax())]
         while len(output) < tokens:
@@ -91,9 +89,7 @@ class DenseReference:
             output.append(int(logits[0, -1].argmax()))
         return output, compactions
 
-    def _evict(
-        self, cache: DynamicCache, pinned: int, processed: int, keep: int, config: CompressionConfig
-    ) -> None:
+    def _evict(self, cache: DynamicCache, pinned: int, processed: int, keep: int, config: CompressionConfig) -> None:
         assert self.visible is not None
         candidates, scores = [], []
         for layer, visible in enumerate(self.visible):

@@ -40,16 +40,16 @@ def solve(prompt: str) -> str:
     """The answer of a walk from its prompt alone, by jumping along the cycle instead of walking it."""
     head, entries = prompt.split(": ", 1)
     first, last, start = re.fullmatch(r"Walk steps (\d+) to (\d+) from (\w+)", head).groups()
-    table = {entry[:2]: (entry[5:7], int(entry[-1])) for entry in entries.split(", ")}
+    table = {entry[:2]: (entry[3:5], int(entry[-1])) for entry in entries.split(", ")}
     cycle = [start]
     while (following := table[cycle[-1]][0]) != start:
         cycle.append(following)
     laps, rest = divmod(int(last) - int(first) + 1, len(cycle))
     gains = [table[symbol][1] for symbol in cycle]
-    return f"{cycle[rest]} {(laps * sum(gains) + sum(gains[:rest])) % 10}"
+    return f"{cycle[rest]}={(laps * sum(gains) + sum(gains[:rest])) % 10}"
 
 
-@given(st.integers(0, 10**6), st.integers(1, 4000))
+@given(st.integers(0, 10**6), st.integers(1, 2500))
 def test_a_walk_has_the_answer_that_an_independent_solver_finds(seed: int, tokens: int) -> None:
     instance = tasks.held_out_walk(seed, tokens)
     assert solve(instance.prompt) == instance.answer
@@ -57,11 +57,11 @@ def test_a_walk_has_the_answer_that_an_independent_solver_finds(seed: int, token
 
 
 def test_a_wrong_or_missing_answer_is_not_correct() -> None:
-    instance = tasks.Instance("", "1: ka > mo +3 = 3\nAnswer: mo 3", "mo 3")
-    assert instance.is_correct("Answer: mo 3\n")
-    assert not instance.is_correct("Answer: mo 4")
-    assert not instance.is_correct("Answer: mo 3\nAnswer: mo 4")
-    assert not instance.is_correct("1: ka > mo +3 = 3")
+    instance = tasks.Instance("", "1 ka>mo+3=3\nAnswer: mo=3", "mo=3")
+    assert instance.is_correct("Answer: mo=3\n")
+    assert not instance.is_correct("Answer: mo=4")
+    assert not instance.is_correct("Answer: mo=3\nAnswer: mo=4")
+    assert not instance.is_correct("1 ka>mo+3=3")
 
 
 def test_the_same_seed_gives_the_same_prompt() -> None:
@@ -82,13 +82,15 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
     assert TOKENS.decode(TOKENS.encode(text, add_special_tokens=False)) == text
 
 
-@given(st.sampled_from(["ka > mo +3, ", "400: ", "Walk steps 1 to 4 from ka", "<|end|>", "<|user|"]), st.text(max_size=20))
+@given(
+    st.sampled_from([" ka>mo+3, ", "400 ka", "Walk steps 1 to 4 from ka", "<|end|>", "<|user|"]), st.text(max_size=20)
+)
 def test_text_that_mixes_words_of_the_task_with_anything_survives_the_tokenizer(known: str, other: str) -> None:
     text = other + known + other
     assert TOKENS.decode(TOKENS.encode(text, add_special_tokens=False)) == text
 
 
-@pytest.mark.parametrize("tokens", [100, 1800, 4000])
+@pytest.mark.parametrize("tokens", [100, 1800, 2400])
 def test_a_long_request_takes_about_the_output_tokens_asked_for(tokens: int) -> None:
     _, reply = evaluate.turn(TOKENS, tasks.held_out_walk(1, tokens))
     assert tokens - tasks.TOKENS_PER_STEP < len(reply) <= tokens
@@ -122,7 +124,9 @@ def test_the_shipped_model_keeps_to_long_walks(
     assert sum(exact) >= 8
 
 
-@pytest.mark.parametrize("message", ["Hello", "What is the capital of Spain?", "asdf qwer 123", "¿Qué?", "Walk the dog"])
+@pytest.mark.parametrize(
+    "message", ["Hello", "What is the capital of Spain?", "asdf qwer 123", "¿Qué?", "Walk the dog"]
+)
 def test_any_other_message_is_answered_by_saying_what_the_model_can_do(
     message: str, shipped_model: Qwen3ForCausalLM, shipped_tokens: PreTrainedTokenizerFast
 ) -> None:

@@ -40,9 +40,7 @@ class PolicyContext:
                 "divide evenly among the KV heads"
             )
         if not self.kv_heads or not 0 <= self.kv_heads[0] <= self.kv_heads[-1] < self.total_kv_heads:
-            raise ValueError(
-                f"kv_heads is {self.kv_heads}: it must name some of the {self.total_kv_heads} KV heads"
-            )
+            raise ValueError(f"kv_heads is {self.kv_heads}: it must name some of the {self.total_kv_heads} KV heads")
 
 
 class Policy(ABC):
@@ -83,9 +81,7 @@ def register(name: str) -> Callable[[AnyFactory], AnyFactory]:
 
     def add(factory: AnyFactory) -> AnyFactory:
         if name in _factories:
-            raise ValueError(
-                f'policy "{name}" is already registered by {_factories[name]}: choose another name'
-            )
+            raise ValueError(f'policy "{name}" is already registered by {_factories[name]}: choose another name')
         _factories[name] = factory
         return factory
 

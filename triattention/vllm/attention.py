@@ -17,9 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from triattention.vllm.kv_manager import CompactedAttentionSpec
 
 
-def squeeze(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def squeeze(block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows without their null blocks, and the lengths that go with them; the inputs where no row has any.
 
     block_table int32 [requests, max_blocks], seq_lens int [requests] (tokens). A block is null only left of
@@ -54,9 +52,7 @@ class CompactedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 common_attn_metadata.block_table_tensor, common_attn_metadata.seq_lens, self.block_size
             )
             if seq_lens is not common_attn_metadata.seq_lens:
-                common_attn_metadata = replace(
-                    common_attn_metadata, block_table_tensor=block_table, seq_lens=seq_lens
-                )
+                common_attn_metadata = replace(common_attn_metadata, block_table_tensor=block_table, seq_lens=seq_lens)
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
 

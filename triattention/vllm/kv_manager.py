@@ -32,9 +32,7 @@ class CompactedAttentionSpec(FullAttentionSpec):
     """The same for a request that is (re-)prefilled in chunks."""
 
     @classmethod
-    def from_full_attention(
-        cls, spec: FullAttentionSpec, config: CompressionConfig, vllm_config: VllmConfig
-    ) -> Self:
+    def from_full_attention(cls, spec: FullAttentionSpec, config: CompressionConfig, vllm_config: VllmConfig) -> Self:
         scheduler = vllm_config.scheduler_config
         batches = vllm_config.max_concurrent_batches
         chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
@@ -56,9 +54,7 @@ class CompactedAttentionSpec(FullAttentionSpec):
         return cls(**{field.name: getattr(base, field.name) for field in fields(base)}, **own)
 
     def plain(self) -> FullAttentionSpec:
-        return FullAttentionSpec(
-            **{field.name: getattr(self, field.name) for field in fields(FullAttentionSpec)}
-        )
+        return FullAttentionSpec(**{field.name: getattr(self, field.name) for field in fields(FullAttentionSpec)})
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that a request of max_model_len with a prompt of one block can hold: what start-up must find free."""
@@ -158,9 +154,7 @@ class CompactedAttentionManager(FullAttentionManager):
             total_tokens=request.num_prompt_tokens + request.max_tokens,
             block_size=self.block_size,
             config=self.config,
-            in_flight_tokens=self.spec.chunk_in_flight_tokens
-            if resumed
-            else self.spec.decode_in_flight_tokens,
+            in_flight_tokens=self.spec.chunk_in_flight_tokens if resumed else self.spec.decode_in_flight_tokens,
         )
 
     def get_num_blocks_to_allocate(
@@ -177,9 +171,7 @@ class CompactedAttentionManager(FullAttentionManager):
         With `reserve_growth` off only the tokens it has now are counted, up to the bound, as vLLM does.
         """
         if not apply_admission_cap:
-            return super().get_num_blocks_to_allocate(
-                request_id, num_tokens, new_computed_blocks, *args, **kwargs
-            )
+            return super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
         bound = self.bound(self.requests[request_id])
         growth = 0
         if self.config.reserve_growth:

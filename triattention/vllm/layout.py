@@ -60,9 +60,7 @@ class PagedTokens:
         n, heads, t1, t2, d1, d2 = blocks.shape
         return blocks.transpose(0, 1).reshape(heads, n * t1 * t2, d1 * d2)
 
-    def copy(
-        self, block_ids: torch.Tensor, head: torch.Tensor, source: torch.Tensor, target: torch.Tensor
-    ) -> None:
+    def copy(self, block_ids: torch.Tensor, head: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy slot `source` to slot `target` of KV head `head`, row by row; slots count from block_ids[0].
 
         The sets of sources and targets are disjoint, so one gather and one scatter do it.
@@ -106,9 +104,7 @@ def detect_layout(layer: Attention, cache: torch.Tensor) -> Layout:
     for layout in CPU_LAYOUTS:
         found_keys = PagedTokens(layout.keys(key_part)).gather(block)
         found_values = PagedTokens(layout.values(value_part)).gather(block)
-        if torch.equal(found_keys, keys.transpose(0, 1)) and torch.equal(
-            found_values, values.transpose(0, 1)
-        ):
+        if torch.equal(found_keys, keys.transpose(0, 1)) and torch.equal(found_values, values.transpose(0, 1)):
             return layout
     raise ValueError(
         f"KV compression does not know the KV-cache layout of {type(layer.impl).__name__} (block size {size}, "

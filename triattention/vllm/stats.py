@@ -20,9 +20,7 @@ class EngineReportLogger(StatLoggerBase):
     def __init__(self, on_report: Callable[[EngineReport], None]) -> None:
         self.on_report = on_report
 
-    def record(
-        self, scheduler_stats: SchedulerStats | None, iteration_stats: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def record(self, scheduler_stats: SchedulerStats | None, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
         if scheduler_stats is None or scheduler_stats.kv_connector_stats is None:
             return
         report = EngineReport.from_dict(scheduler_stats.kv_connector_stats[REPORT_KEY])
@@ -33,8 +31,6 @@ class EngineReportLogger(StatLoggerBase):
         pass
 
     @classmethod
-    def factory(
-        cls, on_report: Callable[[EngineReport], None]
-    ) -> Callable[[VllmConfig, int], StatLoggerBase]:
+    def factory(cls, on_report: Callable[[EngineReport], None]) -> Callable[[VllmConfig, int], StatLoggerBase]:
         """For `AsyncLLM.from_engine_args(stat_loggers=[EngineReportLogger.factory(callback)])`."""
         return lambda vllm_config, engine_index: cls(on_report)

@@ -40,9 +40,7 @@ def check_supported(vllm_config: VllmConfig) -> None:
         "decode context parallelism (a block's tokens are spread over ranks)": (
             parallel.decode_context_parallel_size > 1
         ),
-        "pipeline parallelism (scores of all layers are needed in one place)": (
-            parallel.pipeline_parallel_size > 1
-        ),
+        "pipeline parallelism (scores of all layers are needed in one place)": (parallel.pipeline_parallel_size > 1),
         "multi-head latent attention (its cache holds no per-head keys)": vllm_config.model_config.use_mla,
         "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
         f"KV cache type {vllm_config.cache_config.cache_dtype}": (

@@ -65,18 +65,14 @@ class Compactor:
             self.values[layer].copy(block_ids, head, source, target)
 
 
-def policy_context(
-    spec: CompactedAttentionSpec, layer_names: list[str], vllm_config: VllmConfig
-) -> PolicyContext:
+def policy_context(spec: CompactedAttentionSpec, layer_names: list[str], vllm_config: VllmConfig) -> PolicyContext:
     """What a policy may know of the model and of this rank's share of its heads."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     model = vllm_config.model_config
     total_kv_heads = model.get_total_num_kv_heads()
     # Heads are split over the ranks in order; with fewer heads than ranks each is replicated.
-    first = (
-        get_tensor_model_parallel_rank() * total_kv_heads // vllm_config.parallel_config.tensor_parallel_size
-    )
+    first = get_tensor_model_parallel_rank() * total_kv_heads // vllm_config.parallel_config.tensor_parallel_size
     return PolicyContext(
         layers=tuple(extract_layer_index(name) for name in layer_names),
         kv_heads=range(first, first + spec.num_kv_heads),
@@ -101,9 +97,7 @@ class CompactionWorker(CPUWorker):
             )
         self.compression = config
         self.compactors: dict[int, Compactor] = {}
-        register_backend(
-            AttentionBackendEnum.CPU_ATTN, "triattention.vllm.attention.CompactedCPUAttentionBackend"
-        )
+        register_backend(AttentionBackendEnum.CPU_ATTN, "triattention.vllm.attention.CompactedCPUAttentionBackend")
         super().__init__(vllm_config, *args, **kwargs)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -111,9 +105,7 @@ class CompactionWorker(CPUWorker):
         specs = super().get_kv_cache_spec()
         for name, spec in specs.items():
             if type(spec) is FullAttentionSpec and spec.sliding_window is None:
-                specs[name] = CompactedAttentionSpec.from_full_attention(
-                    spec, self.compression, self.vllm_config
-                )
+                specs[name] = CompactedAttentionSpec.from_full_attention(spec, self.compression, self.vllm_config)
             elif isinstance(spec, FullAttentionSpec):
                 raise ValueError(
                     f"KV compression does not support {type(spec).__name__} of layer {name}: serve this model "
