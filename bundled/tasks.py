@@ -52,7 +52,8 @@ class Instance:
 
 def walk(random: Random, steps: int, table: int, first: int = 1) -> Instance:
     """A walk of `steps` steps, numbered from `first`, over one cycle of `table` symbols in shuffled order."""
-    assert 2 <= table <= LARGEST_TABLE and 1 <= first <= first + steps - 1 <= LAST_STEP
+    assert 2 <= table <= LARGEST_TABLE
+    assert 1 <= first <= first + steps - 1 <= LAST_STEP
     cycle = random.sample(SYMBOLS, table)
     follower = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
     gain = {symbol: random.randrange(10) for symbol in cycle}

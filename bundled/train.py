@@ -7,7 +7,6 @@ weights (exponential, in bf16), renewed as the run goes.
 
 import argparse
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bundled import tasks, tokenizer
 
-STEPS = 4_000
+SMALL_UNTIL, GROWN_FROM, STEPS = 1_000, 1_500, 3_000
+"""Steps of training: small tables up to the first, then they grow up to the second, then the task's full sizes."""
 MATRIX_RATE = 0.02
 """Learning rate of the layers' matrices, by Muon: lookups in the prompt form about ten times sooner than with Adam."""
 OTHER_RATE = 3e-3
@@ -117,12 +117,15 @@ class Samples:
         return Sample(tokens, list(range(len(tokens))), labels)
 
     def batch(self, number: int) -> list[Sample]:
-        """Batch `number` of the curriculum: small tables and short walks first, long ones from a quarter on."""
+        """Batch `number` of the curriculum.
+
+        At first tables have at most 5 entries and walks hardly more than a lap: lookups in the prompt form
+        there, because nothing can be copied from an earlier lap.
+        """
         random = Random(f"training batch {number}")
-        progress = number / STEPS
-        grown = min(1.0, 0.2 + 2.5 * progress)
-        table = round(tasks.LARGEST_TABLE * grown)
-        if progress > 0.25 and number % 6 == 0:
+        grown = min(1.0, max(0.0, (number - SMALL_UNTIL) / (GROWN_FROM - SMALL_UNTIL)))
+        table = round(5 + (tasks.LARGEST_TABLE - 5) * grown)
+        if grown == 1.0 and number % 6 == 0:
             steps = random.randint(tasks.LAST_STEP // 3, tasks.LAST_STEP)
             return [self.whole(random, steps, random.randint(4, table))]
         samples: list[Sample] = []
@@ -131,11 +134,11 @@ class Samples:
             size = random.randint(2, table)
             if kind < 0.1:
                 samples.append(self.chat(random))
-            elif kind < 0.5 or progress < 0.05:
-                steps = random.randint(1, max(16, round(32 * grown)))
+            elif kind < 0.5 or grown == 0.0:
+                steps = random.randint(1, size + 2)
                 samples.append(self.whole(random, steps, size, random.randint(1, tasks.LAST_STEP - steps + 1)))
             else:
-                shown = max(8, round(24 * grown))
+                shown = random.randint(4, 24)
                 samples.append(self.window(random, random.randint(shown, tasks.LAST_STEP), size, shown))
         return samples
 
@@ -166,8 +169,8 @@ def _loss(model: Qwen3ForCausalLM, samples: list[Sample]) -> torch.Tensor:
 
 
 def _rate(step: int) -> float:
-    """Share of the full learning rates: warm-up over 50 steps, then full, then down to 2 % over the last half."""
-    return min(1.0, (step + 1) / 50, 0.02 + 1.96 * (1 - step / STEPS))
+    """Share of the full learning rates: warm-up over 50 steps, then full, then down to 2 % over the last two fifths."""
+    return min(1.0, (step + 1) / 50, 0.02 + 2.45 * (1 - step / STEPS))
 
 
 def export(weights: dict[str, torch.Tensor], config: Qwen3Config, out: Path) -> None:

@@ -69,9 +69,7 @@ class Admission:
     def __init__(self, settings: CoordinatorSettings, rng: random.Random | None = None) -> None:
         self._settings = settings
         self._rng = rng or random.Random()
-        self._ledger = Ledger(
-            settings.lease_seconds, settings.stale_report_seconds, settings.watermark_blocks
-        )
+        self._ledger = Ledger(settings.lease_seconds, settings.stale_report_seconds, settings.watermark_blocks)
         self._queue: list[_Waiting] = []
         self._releases = _ReleaseRate()
         self._placements: dict[str, Counter[str]] = {}
@@ -85,9 +83,7 @@ class Admission:
         A reservation id is used once; raises ValueError for one that is booked or queued already.
         """
         if demand.reservation in self._ledger or self._is_queued(demand.reservation):
-            raise ValueError(
-                f"reservation {demand.reservation} is in use: submit each request under a new id"
-            )
+            raise ValueError(f"reservation {demand.reservation} is in use: submit each request under a new id")
         refusal = self._refuse_if_never(demand)
         if refusal is not None:
             return refusal

@@ -17,6 +17,8 @@ REPLICA, ROUTER = "replica", "router"
 UNLIMITED = 100_000
 # A stop cuts what still streams after this long; Serve's default is 20 s.
 GRACEFUL_SHUTDOWN_SECONDS = 5.0
+# A dead engine is replaced after three failed checks; Serve's default of 10 s makes that half a minute.
+HEALTH_CHECK_SECONDS = 2.0
 
 # An engine on a CPU: one thread each, so that engines do not fight for the cores, and the worker inside the
 # engine's process (vLLM insists on a second process only to bind OMP threads).
@@ -36,6 +38,7 @@ def build(settings: FleetSettings) -> Application:
         num_replicas=settings.replicas,
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,
+        health_check_period_s=HEALTH_CHECK_SECONDS,
         request_router_config=RequestRouterConfig(request_router_class="deploy.router:AssignedReplicaRouter"),
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,

@@ -1,22 +1,28 @@
 """The coordinator actor: one process, one writer, around the plain admission code.
 
-Owns the waiting futures and the clock; every decision is `deploy.admission.Admission`'s.
+Owns the waiting futures, the clock, and the counts that the router brings; every decision is
+`deploy.admission.Admission`'s.
 """
 
 import asyncio
 import json
 import time
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 
-from deploy.admission import Admission
+from deploy.admission import Admission, FleetSnapshot
 from deploy.messages import CapacityReport, Decision, Demand
+from deploy.metrics import render
 from deploy.settings import CoordinatorSettings
 
 NAME = "coordinator"
 NAMESPACE = "trifleet"
+
 TICK_SECONDS = 0.1
 # Serve replaces a replica that fails its health checks long before: one that is silent for so long is dead.
 GONE_AFTER_SECONDS = 120.0
+# The placement reason of requests that the router had to place while there was no coordinator.
+WITHOUT_COORDINATOR = "without_coordinator"
 
 
 class Coordinator:
@@ -25,13 +31,16 @@ class Coordinator:
     After a crash Ray starts it anew and empty; the replicas' next reports rebuild the ledger.
     """
 
-    def __init__(self, settings: CoordinatorSettings) -> None:
+    def __init__(self, settings: CoordinatorSettings, model: str) -> None:
+        self._model = model
         self._admission = Admission(settings)
         self._waiting: dict[str, asyncio.Future[Decision]] = {}
         self._ticking: asyncio.Task[None] | None = None
+        self._refused_by_router: Counter[str] = Counter()
+        self._placed_by_router: Counter[str] = Counter()
 
     async def acquire(self, demand: Demand) -> Decision:
-        """Decide now or when it is decided: a queued demand waits at most for its deadline."""
+        """Decide now, or when it is decided: a queued demand waits at most for its deadline."""
         decision = self._admission.submit(demand, time.monotonic())
         if decision is not None:
             return decision
@@ -52,13 +61,28 @@ class Coordinator:
     async def release(self, reservation: str) -> None:
         self._deliver(self._admission.release(reservation, time.monotonic()))
 
-    async def metrics(self) -> bytes:
-        from deploy.metrics import render
+    async def count_router(self, refused: Counter[str], placed: Counter[str]) -> bool:
+        """What the router did by itself since it last told: refusals by reason, placements by replica."""
+        self._refused_by_router += refused
+        self._placed_by_router += placed
+        return True
 
-        return render(self._admission.snapshot(time.monotonic()))
+    async def metrics(self) -> bytes:
+        """The fleet in Prometheus' text format."""
+        return render(self._snapshot(), self._model)
 
     async def status(self) -> bytes:
-        return json.dumps(asdict(self._admission.snapshot(time.monotonic()))).encode()
+        """The fleet as JSON."""
+        return json.dumps(asdict(self._snapshot()), default=lambda value: value.model_dump(mode="json")).encode()
+
+    def _snapshot(self) -> FleetSnapshot:
+        snapshot = self._admission.snapshot(time.monotonic())
+        placements = {replica: dict(reasons) for replica, reasons in snapshot.placements.items()}
+        for known in snapshot.replicas:
+            if count := self._placed_by_router[known.replica]:
+                placements.setdefault(known.replica, {})[WITHOUT_COORDINATOR] = count
+        rejections = {**snapshot.rejections, **self._refused_by_router}
+        return replace(snapshot, placements=placements, rejections=rejections)
 
     def _deliver(self, decisions: list[Decision]) -> None:
         for decision in decisions:
@@ -67,7 +91,7 @@ class Coordinator:
                 future.set_result(decision)
 
     def _start_ticking(self) -> None:
-        """Started by the first report, because a Ray actor's constructor runs outside its event loop."""
+        """Begun by the first report: a Ray actor's constructor is no place to start a task."""
         if self._ticking is None:
             self._ticking = asyncio.create_task(self._tick())
 
@@ -76,6 +100,6 @@ class Coordinator:
             await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()
             self._deliver(self._admission.tick(now))
-            for replica in self._admission.snapshot(now).replicas:
-                if replica.report_age_seconds > GONE_AFTER_SECONDS:
-                    self._deliver(self._admission.remove_replica(replica.replica, now))
+            for known in self._admission.snapshot(now).replicas:
+                if known.report_age_seconds > GONE_AFTER_SECONDS:
+                    self._deliver(self._admission.remove_replica(known.replica, now))

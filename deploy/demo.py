@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -109,9 +110,7 @@ class DemoResult:
             },
             total_blocks={r: int(blocks) for r, blocks in after.by_replica(metrics.TOTAL_BLOCKS).items()},
             seconds=seconds,
-            first_token_seconds_short=_median(
-                o.first_token_seconds for o in outcomes if not o.request.is_long
-            ),
+            first_token_seconds_short=_median(o.first_token_seconds for o in outcomes if not o.request.is_long),
             first_token_seconds_long=_median(o.first_token_seconds for o in outcomes if o.request.is_long),
             error_sentences=tuple(dict.fromkeys(errors)),
         )
@@ -132,9 +131,7 @@ def run_demo(
     return asyncio.run(_run(endpoint, model, console, requests, concurrency, title))
 
 
-async def _run(
-    endpoint: str, model: str, console: Console, requests: int, concurrency: int, title: str
-) -> DemoResult:
+async def _run(endpoint: str, model: str, console: Console, requests: int, concurrency: int, title: str) -> DemoResult:
     load = mixed_load(requests)
     progress = Progress(
         SpinnerColumn(),
@@ -149,9 +146,7 @@ async def _run(
     async with httpx.AsyncClient(base_url=endpoint, timeout=30) as http:
         before = await _scrape(http)
         if not before.by_replica(metrics.TOTAL_BLOCKS):
-            raise DemoError(
-                f"no replica has reported to the fleet at {endpoint}: wait until it is up and try again"
-            )
+            raise DemoError(f"no replica has reported to the fleet at {endpoint}: wait until it is up and try again")
         started = time.monotonic()
         with progress:
             bar = progress.add_task(title, total=requests, tokens=0, rate=0.0, headroom="")
@@ -233,7 +228,9 @@ def write_json(path: Path, compressed: DemoResult, uncompressed: DemoResult | No
 def show(console: Console, compressed: DemoResult, uncompressed: DemoResult | None = None) -> None:
     """The table and the sentence under it, for someone who has never seen the fleet."""
     runs = [compressed] if uncompressed is None else [compressed, uncompressed]
-    table = Table(title="What the fleet did", title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(
+        title="What the fleet did", title_justify="left", box=box.SIMPLE_HEAD, show_header=uncompressed is not None
+    )
     table.add_column("")
     table.add_column("with compression" if uncompressed else "", justify="right", style="bold green")
     if uncompressed is not None:

@@ -1,6 +1,7 @@
 """Starts a fleet on this machine and stops it so that no process is left."""
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -30,15 +31,36 @@ class FleetError(RuntimeError):
 @contextmanager
 def running_fleet(settings: FleetSettings, progress: Progress = lambda part: None) -> Iterator[str]:
     """A fleet that serves; yields its endpoint. Stopped on leaving, also by an exception or Ctrl-C."""
+    from deploy import haproxy
+
+    _check_port(settings)
     folder = Path(tempfile.mkdtemp(prefix="trifleet-", dir="/tmp"))
+    variables = {**haproxy.environment(settings, folder), "RAY_USAGE_STATS_ENABLED": "0", MARK: str(folder)}
+    with _environment(variables):
+        try:
+            progress("Ray")
+            _start_ray(settings)
+            _start_serve(settings, progress)
+            yield endpoint(settings)
+        finally:
+            progress("stopping")
+            _stop(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Ray and Serve read these when they are imported, and the fleet's processes inherit them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
-        progress("Ray")
-        _start_ray(settings, folder)
-        _start_serve(settings, progress)
-        yield endpoint(settings)
+        yield
     finally:
-        progress("Stopping")
-        _stop(folder)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def endpoint(settings: FleetSettings) -> str:
@@ -53,28 +75,18 @@ def answers(url: str) -> bool:
         return False
 
 
-def _start_ray(settings: FleetSettings, folder: Path) -> None:
-    from deploy import haproxy
-
-    _check_port(settings)
-    # Ray and Serve read these when they are imported, and their processes inherit them.
-    variables = {**haproxy.environment(settings, folder), "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ.update(variables)
-    os.environ[MARK] = str(folder)
+def _start_ray(settings: FleetSettings) -> None:
     import ray
 
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, int(settings.cpus_per_replica * settings.replicas) + 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=128 * 1024 * 1024,
-        )
-    finally:
-        # Only Ray's processes carry the mark, not what this process starts later.
-        del os.environ[MARK]
+    ray.init(
+        address="local",
+        _node_ip_address="127.0.0.1",  # Ray's own ports stay on the loopback
+        num_cpus=max(os.cpu_count() or 1, int(settings.cpus_per_replica * settings.replicas) + 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=128 * 1024 * 1024,
+    )
 
 
 def _start_serve(settings: FleetSettings, progress: Progress) -> None:
@@ -93,28 +105,31 @@ def _start_serve(settings: FleetSettings, progress: Progress) -> None:
         max_restarts=-1,
         max_concurrency=10_000,
     )
-    coordinator = actor.remote(settings.coordinator)
+    coordinator = actor.remote(settings.coordinator, settings.served_model_name)
     ray.get(coordinator.status.remote())
     progress("HAProxy")
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # this process's terminal; Serve logs to its files
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": settings.http.host, "port": settings.http.port},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        logging_config={"enable_access_log": False},
     )
-    progress(f"{settings.replicas} engines")
-    serve.run_many(
-        [serve.RunTarget(build(settings), name=APP, route_prefix="/")], wait_for_applications_running=False
-    )
-    _await_running(settings, APP)
+    serve.run_many([serve.RunTarget(build(settings), name=APP, route_prefix="/")], wait_for_applications_running=False)
+    _await_running(settings, progress)
 
 
-def _await_running(settings: FleetSettings, app: str) -> None:
+def _await_running(settings: FleetSettings, progress: Progress) -> None:
     import ray
     from ray import serve
 
+    from deploy.app import APP, REPLICA
+
     deadline = time.monotonic() + START_DEADLINE_SECONDS
     while True:
-        status = serve.status().applications[app]
+        status = serve.status().applications[APP]
+        replicas = status.deployments.get(REPLICA)
+        running = replicas.replica_states.get("RUNNING", 0) if replicas else 0
+        progress(f"engines, {running} of {settings.replicas} up")
         if status.status.value == "RUNNING" and answers(endpoint(settings)):
             return
         if status.status.value == "DEPLOY_FAILED" or time.monotonic() > deadline:
@@ -122,7 +137,7 @@ def _await_running(settings: FleetSettings, app: str) -> None:
             logs = ray._private.worker._global_node.get_logs_dir_path()
             last = reasons[0].strip().splitlines()[-1] if reasons else "it did not become ready in time"
             raise FleetError(f"The fleet did not start: {last} (logs: {logs})")
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def _check_port(settings: FleetSettings) -> None:
@@ -143,16 +158,18 @@ def _stop(folder: Path) -> None:
     """Serve, Ray, then by id whatever of this fleet is still there. Safe after a start that failed half way."""
     import ray
     from ray import serve
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     # A second Ctrl-C must not leave half a fleet behind.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if ray.is_initialized():
+            # Serve's controller dies answering its shutdown, and Ray would print that on the terminal.
+            global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
             with contextlib.suppress(Exception):
                 serve.shutdown()
             ray.shutdown()
         _end_leftovers(folder)
-        shutil.rmtree(folder, ignore_errors=True)
     finally:
         signal.signal(signal.SIGINT, previous)
 

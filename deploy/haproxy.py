@@ -21,6 +21,8 @@ CONNECTIONS = 1024
 # Beyond the queue's deadline: the router must answer before HAProxy gives up on it.
 ROUTER_GRACE_SECONDS = 10
 
+LONGEST_STREAM_SECONDS = 3600
+
 # HAProxy would outlive the actor that starts it when that is killed, and keep the port. The kernel ends it with
 # its parent instead (PR_SET_PDEATHSIG), and the statistics and metrics pages, which Ray binds to every interface,
 # go to the loopback.
@@ -31,8 +33,10 @@ ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 config = sys.argv[sys.argv.index("-f") + 1]
 with open(config) as file:
     text = file.read()
+for public in ("bind *:{stats}", "bind :{metrics}"):
+    text = text.replace(public, "bind 127.0.0.1:" + public.split(":")[1])
 with open(config, "w") as file:
-    file.write(text.replace("bind *:{stats}", "bind 127.0.0.1:{stats}").replace("bind :{metrics}", "bind 127.0.0.1:{metrics}"))
+    file.write(text)
 os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])
 """
 
@@ -71,7 +75,8 @@ def environment(settings: FleetSettings, folder: Path) -> dict[str, str]:
         "RAY_SERVE_LOG_TO_STDERR": "0",
         # A local fleet has one load balancer, which knows at once: no grace for others to find out.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        # HAProxy starts anew whenever a replica comes or goes, and the old process cuts its streams after this.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_SECONDS),
     }
 
 

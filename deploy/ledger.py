@@ -170,9 +170,7 @@ class ReplicaLedger:
         engine, limits = self.report.engine, self.report.limits
         held_tokens = held_blocks * engine.block_size
         longest = max(held_tokens, limits.max_model_len)
-        return blocks_bound(
-            held_tokens, longest, engine.block_size, limits.compression, engine.in_flight_tokens
-        )
+        return blocks_bound(held_tokens, longest, engine.block_size, limits.compression, engine.in_flight_tokens)
 
 
 class Ledger:

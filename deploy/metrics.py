@@ -36,9 +36,7 @@ class Descriptor:
     labels: tuple[str, ...]
 
 
-COMPACTIONS = Descriptor(
-    "triattention_compactions_total", "counter", "Compactions of a request's KV cache.", REPLICA
-)
+COMPACTIONS = Descriptor("triattention_compactions_total", "counter", "Compactions of a request's KV cache.", REPLICA)
 FREED_BLOCKS = Descriptor(
     "triattention_freed_blocks_total", "counter", "KV blocks that compactions gave back to the pool.", REPLICA
 )
@@ -60,9 +58,7 @@ PREEMPTIONS = Descriptor(
 PEAK_BLOCKS_PER_REQUEST = Descriptor(
     "triattention_peak_blocks_per_request", "gauge", "Most KV blocks that one request has held.", REPLICA
 )
-BLOCK_BYTES = Descriptor(
-    "triattention_block_bytes", "gauge", "Bytes of one KV block, over all layers.", REPLICA
-)
+BLOCK_BYTES = Descriptor("triattention_block_bytes", "gauge", "Bytes of one KV block, over all layers.", REPLICA)
 
 TOTAL_BLOCKS = Descriptor("trifleet_total_blocks", "gauge", "KV blocks of the replica's pool.", REPLICA)
 FREE_BLOCKS = Descriptor("trifleet_free_blocks", "gauge", "Free KV blocks, as last reported.", REPLICA)
@@ -89,9 +85,7 @@ REPORT_AGE = Descriptor("trifleet_report_age_seconds", "gauge", "Age of the repl
 FRESH = Descriptor(
     "trifleet_replica_fresh", "gauge", "1 while the replica reports; 0 takes it out of placement.", REPLICA
 )
-RUNNING = Descriptor(
-    "trifleet_running_requests", "gauge", "Sequences that decode, as last reported.", REPLICA
-)
+RUNNING = Descriptor("trifleet_running_requests", "gauge", "Sequences that decode, as last reported.", REPLICA)
 WAITING = Descriptor(
     "trifleet_waiting_requests", "gauge", "Sequences that wait inside the engine, as last reported.", REPLICA
 )
@@ -101,9 +95,7 @@ PLACEMENTS = Descriptor(
 )
 
 ADMISSIONS = Descriptor("trifleet_admissions_total", "counter", "Requests placed on any replica.", FLEET)
-REJECTIONS = Descriptor(
-    "trifleet_rejections_total", "counter", "Requests refused, by reason.", (*FLEET, "reason")
-)
+REJECTIONS = Descriptor("trifleet_rejections_total", "counter", "Requests refused, by reason.", (*FLEET, "reason"))
 QUEUE_LENGTH = Descriptor(
     "trifleet_queue_length", "gauge", "Requests that wait for a replica, by class.", (*FLEET, "class")
 )
@@ -121,9 +113,7 @@ REPORTS_IGNORED = Descriptor(
     FLEET,
 )
 
-METRICS: tuple[Descriptor, ...] = tuple(
-    value for value in globals().values() if isinstance(value, Descriptor)
-)
+METRICS: tuple[Descriptor, ...] = tuple(value for value in globals().values() if isinstance(value, Descriptor))
 
 _PER_REPLICA: dict[Descriptor, Callable[[ReplicaSnapshot], float]] = {
     COMPACTIONS: lambda replica: replica.engine.compactions,

@@ -5,7 +5,6 @@ to check, so a body that is not understood here is admitted with a generous esti
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,41 +41,27 @@ def examine(raw: bytes, reservation: str, served: Served, counter: TokenCounter)
         body = _body(raw)
         _check_model(body, served)
         kind = _kind(body)
-        if "messages" in body:
-            _check_messages(body["messages"])
-            limit_name = (
-                "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-            )
-            prompts = [_count_chat(body, raw, counter)]
-        elif "prompt" in body:
-            limit_name = "max_tokens"
-            prompts = _count_prompts(body["prompt"], counter)
-        else:
-            limit_name = "max_output_tokens"
-            prompts = [len(raw)]  # another endpoint's format: a token is at least one byte
-        longest = _truncated(max(prompts), body)
-        _check_length(longest, served, kind)
-        default = DEFAULT_COMPLETION_TOKENS if kind == "completion" else served.max_model_len - longest
+        limit_name = _limit_name(body)
         asked = _whole_number(body, limit_name)
-        output = min(default, served.max_model_len - longest) if asked is None else asked
-        if longest + output > served.max_model_len and kind is not None:
-            raise _Wrong(
-                f"{limit_name} is {output}, but the prompt has {longest} tokens and max_model_len is "
-                f"{served.max_model_len}: lower {limit_name} to at most {served.max_model_len - longest}.",
-                limit_name,
-            )
-        sequences = len(prompts) * (_whole_number(body, "n") or 1)
+        choices = _whole_number(body, "n") or 1
+        prompts = _prompt_tokens(body, counter)
+        if prompts is None:
+            # Another endpoint's format, or a prompt that only vLLM can judge: a token is at least one byte.
+            prompt, sequences = min(len(raw), served.max_model_len - 1), choices
+        else:
+            prompt, sequences = _truncated(max(prompts), body), choices * len(prompts)
+            _check_length(prompt, asked, limit_name, served)
     except _Wrong as wrong:
         return wrong.answer
-    total = min(longest + output, served.max_model_len)
-    return Admissible(Demand(reservation, min(longest, total), total, sequences), kind)
+    default = DEFAULT_COMPLETION_TOKENS if kind == "completion" else served.max_model_len
+    total = min(prompt + (asked or default), served.max_model_len)
+    return Admissible(Demand(reservation, prompt, total, sequences), kind)
 
 
-def too_large(advertised: str) -> Answer:
-    """`advertised`: HAProxy's "read/total" bytes of a body that did not fit its buffer."""
+def too_large(read_of_total: str) -> Answer:
+    """`read_of_total`: bytes, as HAProxy says of a body that did not fit its buffer."""
     message = (
-        f"The request body is larger than this fleet takes ({advertised} bytes were read): "
-        "shorten it, or raise http.max_body_bytes in the settings."
+        f"The request body is larger than this fleet takes (its first {read_of_total} bytes fit): shorten the prompt."
     )
     return Answer(413, "RequestEntityTooLargeError", message)
 
@@ -112,9 +97,7 @@ def _kind(body: dict[str, Any]) -> str | None:
         return "completion"
     if "input" in body:
         return None
-    raise _Wrong(
-        "The request has no input: a chat completion needs messages, a completion needs prompt.", "messages"
-    )
+    raise _Wrong("The request has no input: a chat completion needs messages, a completion needs prompt.", "messages")
 
 
 def _check_model(body: dict[str, Any], served: Served) -> None:
@@ -127,14 +110,10 @@ def _check_model(body: dict[str, Any], served: Served) -> None:
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
-        raise _Wrong(
-            "messages is empty or not a list: a chat completion needs at least one message.", "messages"
-        )
+        raise _Wrong("messages is empty or not a list: a chat completion needs at least one message.", "messages")
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _Wrong(
-                f"messages[{index}] is not a message: each is an object with a role and content.", "messages"
-            )
+            raise _Wrong(f"messages[{index}] is not a message: each is an object with a role and content.", "messages")
 
 
 def _whole_number(body: dict[str, Any], name: str) -> int | None:
@@ -146,31 +125,40 @@ def _whole_number(body: dict[str, Any], name: str) -> int | None:
     return value
 
 
-def _count_chat(body: dict[str, Any], raw: bytes, counter: TokenCounter) -> int:
+def _limit_name(body: dict[str, Any]) -> str:
+    if "input" in body:
+        return "max_output_tokens"
+    return "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+
+
+def _prompt_tokens(body: dict[str, Any], counter: TokenCounter) -> list[int] | None:
+    """Tokens of every prompt; None if they cannot be counted here."""
+    if "messages" in body:
+        _check_messages(body["messages"])
     try:
-        return counter.chat(body)
+        if "messages" in body:
+            return [counter.chat(body)]
+        if "prompt" in body:
+            return _count_prompts(body["prompt"], counter)
+    except _Wrong:
+        raise
     except Exception:
-        # The template refused these messages, or they hold more than text: vLLM will say or know better.
-        return len(raw)
+        # The template refused these messages, or they hold more than text, or text that is not Unicode: vLLM
+        # will say or know better.
+        return None
+    return None
 
 
 def _count_prompts(prompt: Any, counter: TokenCounter) -> list[int]:
-    if isinstance(prompt, str):
-        return [counter.text(prompt)]
-    if _is_list(prompt) and prompt:
-        if all(isinstance(token, int) for token in prompt):
-            return [len(prompt)]
-        if all(isinstance(part, str) for part in prompt):
-            return [counter.text(part) for part in prompt]
-        if all(_is_list(part) for part in prompt):
-            return [len(part) for part in prompt]
-    raise _Wrong(
-        "prompt is not a prompt: a completion needs a string, or a list of strings or token ids.", "prompt"
-    )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(prompts, list) and prompts:
+        if all(isinstance(token, int) for token in prompts):
+            return [len(prompts)]
+        if all(isinstance(text, str) for text in prompts):
+            return [counter.text(text) for text in prompts]
+        if all(isinstance(tokens, list) for tokens in prompts):
+            return [len(tokens) for tokens in prompts]
+    raise _Wrong("prompt is not a prompt: a completion needs a string, or a list of strings or token ids.", "prompt")
 
 
 def _truncated(tokens: int, body: dict[str, Any]) -> int:
@@ -178,10 +166,16 @@ def _truncated(tokens: int, body: dict[str, Any]) -> int:
     return min(tokens, limit) if isinstance(limit, int) and limit > 0 else tokens
 
 
-def _check_length(prompt_tokens: int, served: Served, kind: str | None) -> None:
-    if kind is not None and prompt_tokens >= served.max_model_len:
+def _check_length(prompt: int, asked: int | None, limit_name: str, served: Served) -> None:
+    room = served.max_model_len - prompt
+    if room < 1:
         raise _Wrong(
-            f"The prompt has {prompt_tokens} tokens, but max_model_len is {served.max_model_len} and at least one "
-            "token of output must fit: shorten the prompt.",
-            "messages" if kind == "chat" else "prompt",
+            f"The prompt has {prompt} tokens, but max_model_len is {served.max_model_len} and at least one token of "
+            "output must fit: shorten the prompt."
+        )
+    if asked is not None and asked > room:
+        raise _Wrong(
+            f"{limit_name} is {asked}, but the prompt has {prompt} tokens and max_model_len is "
+            f"{served.max_model_len}: lower {limit_name} to at most {room}.",
+            limit_name,
         )

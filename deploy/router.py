@@ -10,12 +10,12 @@ replica what to answer, and without a coordinator requests still flow, spread by
 
 import asyncio
 import logging
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Request
 from ray import serve
 from ray.actor import ActorHandle
 from ray.serve._private.request_router.common import PendingRequest
@@ -23,19 +23,20 @@ from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequ
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.deployment import Application
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from deploy.coordinator import NAME, NAMESPACE
 from deploy.messages import Decision, Demand, Placement, Refusal
 from deploy.requests import Admissible, Served, examine, too_large
-from deploy.tokens import ModelTokens
 from replicas.headers import KIND, REFUSAL, RESERVATION, Answer, new_reservation
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
 
 # The coordinator answers at the queue's deadline; later than this it is taken for gone.
 COORDINATOR_GRACE_SECONDS = 5.0
-# HAProxy's patience with the router, beyond the queue's deadline.
-ROUTER_GRACE_SECONDS = 10
 RESOLVE_ATTEMPTS = 4
 RESOLVE_PAUSE_SECONDS = 0.5
 
@@ -44,8 +45,6 @@ _ERROR_TYPES = {
     429: "TooManyRequestsError",
     503: "ServiceUnavailableError",
 }
-
-api = FastAPI()
 
 
 class AssignedReplicaRouter(PowerOfTwoChoicesRequestRouter):
@@ -67,11 +66,14 @@ class AssignedReplicaRouter(PowerOfTwoChoicesRequestRouter):
         return await super().choose_replicas(candidate_replicas, pending_request)
 
 
-@serve.ingress(api)
+@serve.ingress()
 class Router:
     def __init__(
         self, replicas: DeploymentHandle[Any], model: str, served: Served, queue_deadline_seconds: float
     ) -> None:
+        # Here, because transformers takes seconds to import and the driver needs only this class's name.
+        from deploy.tokens import ModelTokens
+
         self._replicas = replicas
         self._served = served
         self._patience = queue_deadline_seconds + COORDINATOR_GRACE_SECONDS
@@ -79,18 +81,26 @@ class Router:
         # One thread: tokenizing stays off the event loop, and the tokenizer is not thread-safe.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens")
         self._coordinator: ActorHandle[Any] | None = None
+        self._refused_alone: Counter[str] = Counter()
+        self._placed_alone: Counter[str] = Counter()
         self._background: set[asyncio.Task[None]] = set()
 
-    @api.post("/internal/route")
+    def __serve_build_asgi_app__(self) -> Starlette:
+        async def route(request: Request) -> JSONResponse:
+            return JSONResponse(await self.route(request))
+
+        return Starlette(routes=[Route("/internal/route", route, methods=["POST"])])
+
     async def route(self, request: Request) -> dict[str, Any]:
-        if advertised := request.headers.get("x-body-truncated"):
-            return await self._refused(too_large(advertised), "body_too_large")
+        """HAProxy's question: the client's body, whole or cut. The answer is `_route_to`'s."""
+        if cut := request.headers.get("x-body-truncated"):
+            return await self._refused(too_large(cut), "body_too_large")
         body = await request.body()
         examined = await asyncio.get_running_loop().run_in_executor(
             self._threads, examine, body, new_reservation(), self._served, self._tokens
         )
         if isinstance(examined, Answer):
-            return await self._refused(examined, "bad_request")
+            return await self._refused(examined, "unknown_model" if examined.status == 404 else "bad_request")
         return await self._placed(examined)
 
     async def _placed(self, request: Admissible) -> dict[str, Any]:
@@ -100,58 +110,75 @@ class Router:
         for _ in range(RESOLVE_ATTEMPTS):
             decision = await self._decide(request.demand)
             if decision is None:
-                return await self._target(None, headers)
+                break
             if isinstance(decision, Refusal):
-                return await self._target(None, {REFUSAL: _answer(decision).encode()})
-            target = await self._target(decision.replica, {**headers, RESERVATION: decision.reservation})
-            if target["assigned"]:
-                return target
-            await self._tell("release", decision.reservation)
+                return _route_to(await self._pick(None), {REFUSAL: _answer(decision).encode()})
+            replica = await self._pick(decision.replica)
+            if replica.replica_id.unique_id == decision.replica:
+                return _route_to(replica, {**headers, RESERVATION: decision.reservation})
+            await self._ask("release", decision.reservation)
             await asyncio.sleep(RESOLVE_PAUSE_SECONDS)
             request = replace(request, demand=replace(request.demand, reservation=new_reservation()))
-        return await self._target(None, headers)
+        replica = await self._pick(None)
+        self._placed_alone[replica.replica_id.unique_id] += 1
+        return _route_to(replica, headers)
 
     async def _decide(self, demand: Demand) -> Decision | None:
         """The coordinator's decision; None when there is no coordinator to ask."""
-        try:
-            decision: Placement | Refusal = await asyncio.wait_for(
-                self._resolve().acquire.remote(demand), self._patience
-            )
-        except (ray.exceptions.RayActorError, TimeoutError, ValueError) as error:
-            logger.warning("The coordinator does not answer (%s): placing without it.", error)
-            self._coordinator = None
-            return None
+        decision: Placement | Refusal | None = await self._ask("acquire", demand)
+        if decision is not None and (self._refused_alone or self._placed_alone):
+            self._tell_counts()
         return decision
 
     async def _refused(self, answer: Answer, reason: str) -> dict[str, Any]:
-        return await self._target(None, {REFUSAL: answer.encode()})
+        self._refused_alone[reason] += 1
+        self._tell_counts()
+        return _route_to(await self._pick(None), {REFUSAL: answer.encode()})
 
-    async def _tell(self, method: str, *arguments: Any) -> None:
-        try:
-            await getattr(self._resolve(), method).remote(*arguments)
-        except (ray.exceptions.RayActorError, ValueError):
-            self._coordinator = None
+    def _tell_counts(self) -> None:
+        """In the background, and again with the next ones if there is no coordinator now."""
+        refused, placed = self._refused_alone, self._placed_alone
+        self._refused_alone, self._placed_alone = Counter(), Counter()
 
-    async def _target(self, assigned: str | None, headers: dict[str, str]) -> dict[str, Any]:
-        """The answer to HAProxy: an assigned replica, or any."""
+        async def tell() -> None:
+            if not await self._ask("count_router", refused, placed):
+                self._refused_alone += refused
+                self._placed_alone += placed
+
+        task = asyncio.create_task(tell())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _pick(self, assigned: str | None) -> RunningReplica:
+        """The assigned replica, or, without one or when Serve does not list it, any."""
         arguments = () if assigned is None else (assigned,)
         # _reserve=False: the request goes there through HAProxy, not through this handle.
         async with self._replicas.choose_replica(*arguments, _reserve=False) as selection:
-            replica = selection._replica
-            host, port = replica.backend_http_endpoint
-            return {
-                "host": host,
-                "port": port,
-                "replica_id": replica.replica_id.to_full_id_str(),
-                "request_headers": headers,
-                "assigned": replica.replica_id.unique_id == assigned,
-            }
+            replica: RunningReplica = selection._replica
+            return replica
 
-    def _resolve(self) -> "ActorHandle[Any]":
-        """Raises ValueError when there is no such actor."""
-        if self._coordinator is None:
-            self._coordinator = ray.get_actor(NAME, namespace=NAMESPACE)
-        return self._coordinator
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """Call the coordinator; None when it is gone."""
+        try:
+            if self._coordinator is None:
+                self._coordinator = ray.get_actor(NAME, namespace=NAMESPACE)
+            return await asyncio.wait_for(getattr(self._coordinator, method).remote(*arguments), self._patience)
+        except (ray.exceptions.RayActorError, TimeoutError, ValueError) as error:
+            # ValueError: there is no actor of that name.
+            logger.warning("The coordinator does not answer (%s): requests flow without it.", error)
+            self._coordinator = None
+            return None
+
+
+def _route_to(replica: RunningReplica, headers: dict[str, str]) -> dict[str, Any]:
+    """The answer to HAProxy: where the request goes, and the headers that it gets on the way."""
+    host, port = replica.backend_http_endpoint
+    return {
+        "host": host,
+        "port": port,
+        "replica_id": replica.replica_id.to_full_id_str(),
+        "request_headers": headers,
+    }
 
 
 def _answer(refusal: Refusal) -> Answer:

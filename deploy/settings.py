@@ -49,31 +49,21 @@ class EngineSettings(_Settings):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int = Field(default=8192, ge=1, description="tokens, prompt and output")
-    block_size: int | None = Field(
-        default=None, ge=1, description="tokens per KV block; None: vLLM's default"
-    )
+    block_size: int | None = Field(default=None, ge=1, description="tokens per KV block; None: vLLM's default")
     num_gpu_blocks: int | None = Field(
         default=None, ge=2, description="KV blocks, on a CPU too (num_gpu_blocks_override)"
     )
-    kv_cache_memory_bytes: int | None = Field(
-        default=None, ge=1, description="KV memory; or leave both to vLLM"
-    )
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1, description="KV memory; or leave both to vLLM")
     max_num_seqs: int = Field(default=64, ge=1, description="sequences that decode at once")
-    max_num_batched_tokens: int | None = Field(
-        default=None, ge=1, description="tokens per step; None: vLLM's default"
-    )
-    extra: dict[str, Any] = Field(
-        default_factory=dict, description="further AsyncEngineArgs, passed as they are"
-    )
+    max_num_batched_tokens: int | None = Field(default=None, ge=1, description="tokens per step; None: vLLM's default")
+    extra: dict[str, Any] = Field(default_factory=dict, description="further AsyncEngineArgs, passed as they are")
 
     @field_validator("extra")
     @classmethod
     def _extra_is_free(cls, extra: dict[str, Any]) -> dict[str, Any]:
         for name in extra:
             if name in MANAGED_ARGUMENTS:
-                raise ValueError(
-                    f"{name} is set by the fleet itself: use its own setting instead of engine.extra"
-                )
+                raise ValueError(f"{name} is set by the fleet itself: use its own setting instead of engine.extra")
         return extra
 
     @model_validator(mode="after")
@@ -91,30 +81,20 @@ class CoordinatorSettings(_Settings):
 
     queue_length: int = Field(default=256, ge=0, description="requests that may wait; 0: never wait")
     queue_deadline_seconds: float = Field(default=60.0, gt=0, description="longest wait before a 503")
-    aging_seconds: float = Field(
-        default=10.0, gt=0, description="waiting this long is worth one step of priority"
-    )
+    aging_seconds: float = Field(default=10.0, gt=0, description="waiting this long is worth one step of priority")
     lease_seconds: float = Field(
         default=30.0, gt=0, description="a reservation that no report mentions for so long ends"
     )
-    stale_report_seconds: float = Field(
-        default=2.0, gt=0, description="a replica silent for so long gets nothing new"
-    )
-    heartbeat_seconds: float = Field(
-        default=0.2, gt=0, description="longest time between two reports of a replica"
-    )
-    watermark_blocks: int = Field(
-        default=0, ge=0, description="blocks per replica that admission leaves free"
-    )
+    stale_report_seconds: float = Field(default=2.0, gt=0, description="a replica silent for so long gets nothing new")
+    heartbeat_seconds: float = Field(default=0.2, gt=0, description="longest time between two reports of a replica")
+    watermark_blocks: int = Field(default=0, ge=0, description="blocks per replica that admission leaves free")
     short_request_tokens: int = Field(
         default=1024,
         ge=0,
         description="requests of up to so many tokens (prompt and output, all sequences) are short",
     )
     long_placement: str = Field(default="most_headroom", description="placement policy of long requests")
-    short_placement: str = Field(
-        default="least_loaded_of_two", description="placement policy of short requests"
-    )
+    short_placement: str = Field(default="least_loaded_of_two", description="placement policy of short requests")
 
     @field_validator("long_placement", "short_placement")
     @classmethod
@@ -122,9 +102,7 @@ class CoordinatorSettings(_Settings):
         from deploy.placement import POLICIES
 
         if name not in POLICIES:
-            raise ValueError(
-                f'there is no placement policy "{name}": choose one of {", ".join(sorted(POLICIES))}'
-            )
+            raise ValueError(f'there is no placement policy "{name}": choose one of {", ".join(sorted(POLICIES))}')
         return name
 
     @model_validator(mode="after")
@@ -151,9 +129,7 @@ class FleetSettings(_Settings):
     cpus_per_replica: float = Field(default=1.0, ge=0)
     gpus_per_replica: float = Field(default=0.0, ge=0)
     engine: EngineSettings = EngineSettings()
-    compression: CompressionConfig | None = Field(
-        default=None, description="null: plain vLLM, still reported"
-    )
+    compression: CompressionConfig | None = Field(default=None, description="null: plain vLLM, still reported")
     coordinator: CoordinatorSettings = CoordinatorSettings()
     http: HttpSettings = HttpSettings()
 
@@ -207,9 +183,7 @@ def load_settings(path: Path) -> FleetSettings:
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise SettingsError(
-            f"{path} holds no settings: write `name: value` lines, as in deploy/configs/local.yaml"
-        )
+        raise SettingsError(f"{path} holds no settings: write `name: value` lines, as in deploy/configs/local.yaml")
     return parse_settings(values, str(path))
 
 

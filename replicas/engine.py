@@ -3,13 +3,13 @@
 Owns the engine's start, its statistics tap and its end. Knows nothing of Ray.
 """
 
-import asyncio
 from argparse import Namespace
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import generate_latest
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -19,6 +19,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from triattention.report import REPORT_KEY
 from triattention.vllm import engine_arguments
@@ -54,7 +55,6 @@ class Engine:
     def __init__(self, client: AsyncLLM, app: FastAPI) -> None:
         self._client = client
         self.app = app
-        self.max_model_len: int = client.model_config.max_model_len
 
     @classmethod
     async def start(cls, arguments: dict[str, Any], compression: Any, listener: Listener) -> "Engine":
@@ -83,9 +83,14 @@ class Engine:
         async for _ in self._client.generate({"prompt_token_ids": [0]}, params, "first-step"):
             pass
 
-    async def check(self) -> None:
-        """Raises if the engine is dead."""
-        await self._client.check_health()
+    def metrics(self) -> str:
+        """vLLM's own metrics in Prometheus' text format."""
+        return generate_latest(get_prometheus_registry()).decode()
+
+    def check(self) -> None:
+        """Raises `vllm.v1.engine.exceptions.EngineDeadError` if the engine is dead."""
+        if self._client.errored:
+            raise self._client.dead_error
 
     def stop(self) -> None:
         self._client.shutdown(timeout=5)

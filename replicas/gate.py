@@ -5,14 +5,18 @@ vLLM as the request id, and its end, in whatever way, is told to the reporter. T
 answered here too, because replicas are the fleet's only HTTP servers.
 """
 
+import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from replicas.headers import KIND, REFUSAL, RESERVATION, Answer
+
+DISCONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,26 @@ class Gate:
                 return
             if reservation is not None:
                 headers["x-request-id"] = reservation
-            await self._app(scope, receive, send)
+            await _to_its_end(self._app(scope, receive, send))
         finally:
-            # Also on CancelledError, which is how Serve ends a request whose client left. vLLM has then
-            # aborted it in the engine already: its abort runs inside the application.
             if reservation is not None:
                 self._finish(reservation)
+
+
+async def _to_its_end(request: Awaitable[None]) -> None:
+    """Await a request of vLLM's application, and where Serve cancels it, let it end by itself first.
+
+    Serve cancels a request whose client left. vLLM's handlers that do not stream leave their work running when
+    they are cancelled (`with_cancellation`), but abort it in the engine when they receive `http.disconnect`,
+    which Serve has put into `receive` by then.
+    """
+    task = asyncio.ensure_future(request)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=DISCONNECT_SECONDS)
+        task.cancel()
+        raise
 
 
 def _refusal(path: str, headers: MutableHeaders) -> Answer | None:
@@ -78,7 +96,8 @@ def _refuse(answer: Answer) -> Response:
     headers = {}
     if answer.retry_after_seconds is not None:
         headers["retry-after"] = str(answer.retry_after_seconds)
-    return JSONResponse(answer.body(), answer.status, headers)
+    # ASCII, because a message may quote what UTF-8 cannot hold (a lone surrogate in a JSON string).
+    return Response(json.dumps(answer.body()), answer.status, headers, media_type="application/json")
 
 
 async def _render(page: Page) -> Response:

@@ -6,7 +6,6 @@ the fleet can name this class without loading it.
 
 import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from starlette.types import ASGIApp
 
+from replicas.exposition import merged
 from replicas.gate import Gate, Page
 from replicas.messages import CapacityReport, ReplicaLimits
 from replicas.reporter import Reporter
@@ -23,7 +23,10 @@ from triattention.config import CompressionConfig
 if TYPE_CHECKING:
     from replicas.engine import Engine
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+METRICS_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class ReplicaOptions:
     """What one replica needs to know; the fleet's settings are translated into it in `deploy/`."""
 
     engine_arguments: dict[str, Any]
-    """`vllm serve` arguments by their Python names."""
+    """`vllm serve` arguments by their Python names, `max_model_len` among them."""
     compression: CompressionConfig | None
     heartbeat_seconds: float
     coordinator: tuple[str, str]
@@ -40,48 +43,58 @@ class ReplicaOptions:
 
 @serve.ingress()
 class Replica:
-    """One engine. Serve calls `__serve_build_asgi_app__` after the constructor and `check_health` while it lives."""
+    """One engine: Serve awaits `__serve_build_asgi_app__` before the replica counts as running."""
 
-    async def __init__(self, options: ReplicaOptions) -> None:
-        from replicas.engine import Engine
-
-        self._coordinator_name = options.coordinator
+    def __init__(self, options: ReplicaOptions) -> None:
+        self._options = options
         self._coordinator: ActorHandle[Any] | None = None
-        # The engine's first report comes while it starts, before the reporter can know the model's length.
-        first: list[dict[str, Any]] = []
-        listener: Callable[[dict[str, Any]], None] = first.append
-        self._engine: Engine = await Engine.start(
-            options.engine_arguments, options.compression, lambda report: listener(report)
-        )
-        self._reporter = Reporter(
+        self._engine: Engine | None = None
+        self._reports: asyncio.Task[None] | None = None
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        from replicas import engine
+
+        options = self._options
+        reporter = Reporter(
             replica=serve.get_replica_context().replica_id.unique_id,
-            limits=ReplicaLimits(self._engine.max_model_len, options.compression),
+            limits=ReplicaLimits(options.engine_arguments["max_model_len"], options.compression),
             heartbeat_seconds=options.heartbeat_seconds,
             send=self._send,
         )
-        listener = self._reporter.observe
-        listener(first[-1])
-        self._reports = asyncio.create_task(self._reporter.run())
-
-    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        self._engine = await engine.Engine.start(options.engine_arguments, options.compression, reporter.observe)
+        self._reports = asyncio.create_task(reporter.run())
         pages = {
-            "/metrics": Page("text/plain; version=0.0.4; charset=utf-8", lambda: self._ask("metrics")),
+            "/metrics": Page(PROMETHEUS, lambda: self._ask("metrics")),
+            "/metrics/engines": Page(PROMETHEUS, self._all_engines_metrics),
             "/fleet": Page("application/json", lambda: self._ask("status")),
         }
-        return Gate(self._engine.app, self._reporter.finish, pages)
+        return Gate(self._engine.app, reporter.finish, pages)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead: Serve then replaces this replica."""
-        await self._engine.check()
+        if self._engine is not None:
+            self._engine.check()
 
     async def __del__(self) -> None:
-        # The constructor may have failed before there was anything to stop.
-        if hasattr(self, "_reports"):
+        if self._reports is not None:
             self._reports.cancel()
-        if hasattr(self, "_engine"):
+        if self._engine is not None:
             self._engine.stop()
 
+    def engine_metrics(self) -> tuple[str, str]:
+        """This replica's id and vLLM's own metrics; called by the replica that is asked for all of them."""
+        assert self._engine is not None
+        return serve.get_replica_context().replica_id.unique_id, self._engine.metrics()
+
+    async def _all_engines_metrics(self) -> bytes:
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        pages = await handle.broadcast("engine_metrics").results_async(timeout_s=METRICS_TIMEOUT_SECONDS)
+        return merged(dict(pages), "vllm:").encode()
+
     async def _send(self, report: CapacityReport) -> None:
+        # A dead engine falls silent, so that the coordinator places nothing more on it while Serve replaces it.
+        await self.check_health()
         try:
             await self._resolve().report.remote(report)
         except ray.exceptions.RayActorError:
@@ -94,6 +107,6 @@ class Replica:
 
     def _resolve(self) -> "ActorHandle[Any]":
         if self._coordinator is None:
-            name, namespace = self._coordinator_name
+            name, namespace = self._options.coordinator
             self._coordinator = ray.get_actor(name, namespace=namespace)
         return self._coordinator

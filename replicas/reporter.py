@@ -5,6 +5,7 @@ way to the coordinator is a coroutine function. Never blocks the engine's event 
 """
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections import defaultdict
@@ -15,7 +16,7 @@ from replicas.headers import reservation_of
 from replicas.messages import CapacityReport, ReplicaLimits
 from triattention.report import EngineReport
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
 
 SHORTEST_INTERVAL_SECONDS = 0.05
 SEND_TIMEOUT_SECONDS = 5.0
@@ -50,10 +51,8 @@ class Reporter:
     async def run(self) -> None:
         """Report until cancelled."""
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._heartbeat_seconds)
-            except TimeoutError:
-                pass
             self._changed.clear()
             await self._report()
             await asyncio.sleep(SHORTEST_INTERVAL_SECONDS)
@@ -76,9 +75,9 @@ class Reporter:
         try:
             await asyncio.wait_for(self._send(report), SEND_TIMEOUT_SECONDS)
         except Exception as error:
-            # The coordinator is away: requests still flow, and what ended is told again when it is back.
+            # Mostly the coordinator is away: requests still flow, and what ended is told again when it is back.
             if self._reachable:
-                logger.warning("The coordinator does not take reports (%s); trying again.", error)
+                logger.warning("Capacity reports do not get through (%r); trying again.", error)
             self._reachable = False
             return
         self._reachable = True

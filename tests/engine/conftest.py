@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, Qwen3Config
 from vllm import LLM
 from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
@@ -32,21 +32,35 @@ VOCABULARY = 512
 BLOCK = 32
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3 (q_norm, GQA group 2) whose attention matters: large weights make it sensitive to its past."""
+def save_tiny_model(config: PreTrainedConfig, path: Path) -> Path:
+    """A random model of this config and a tokenizer whose words are t0, t1, ..."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192,
-        tie_word_embeddings=True, initializer_range=0.15,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("tiny") / "qwen3"
-    Qwen3ForCausalLM(config).float().save_pretrained(path)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
     return path
+
+
+def save_statistics(model: Path, path: Path) -> Path:
+    draw = random.Random(2)
+    calibrate(model, [" ".join(f"t{draw.randrange(VOCABULARY)}" for _ in range(2000))], path)
+    return path
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192,
+    "tie_word_embeddings": True, "initializer_range": 0.15,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+"""Large weights make the models sensitive to what they attend to."""
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 (q_norm, GQA group 2)."""
+    return save_tiny_model(Qwen3Config(**SIZES), tmp_path_factory.mktemp("tiny") / "qwen3")
 
 
 @pytest.fixture(scope="session")
@@ -78,19 +92,19 @@ def engine(tiny_model: Path) -> Iterator[EngineFactory]:
     """engine(config, **arguments): an engine in this process, one per distinct set of settings."""
     engines: dict[str, LLM] = {}
 
-    def make(config: CompressionConfig | None, *, blocks: int = 160, **arguments: Any) -> LLM:
+    def make(config: CompressionConfig | None, *, blocks: int = 160, model: Path = tiny_model, **arguments: Any) -> LLM:
         settings = {
             "dtype": "float32", "max_model_len": 4096, "block_size": BLOCK, "max_num_seqs": 8,
-            "kv_cache_memory_bytes": blocks * BLOCK * 2 * 32 * 2 * 4 * 3, "enforce_eager": True,
+            "num_gpu_blocks_override": blocks, "kv_cache_memory_bytes": 1 << 28, "enforce_eager": True,
             "skip_tokenizer_init": True, "max_num_batched_tokens": 512,
             **arguments,
         }  # fmt: skip
-        key = repr((config, sorted(settings.items())))
+        key = repr((model, config, sorted(settings.items())))
         if key not in engines:
             compression = engine_arguments(config)
             compression["additional_config"]["triattention_reports"] = False  # vLLM's own loggers listen here
             with asynchronous_scheduling() if settings.get("async_scheduling") else nullcontext():
-                engines[key] = LLM(str(tiny_model), **settings, **compression)
+                engines[key] = LLM(str(model), **settings, **compression)
         return engines[key]
 
     yield make
@@ -100,7 +114,4 @@ def engine(tiny_model: Path) -> Iterator[EngineFactory]:
 
 @pytest.fixture(scope="session")
 def statistics(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("statistics") / "tiny.safetensors"
-    draw = random.Random(2)
-    calibrate(tiny_model, [" ".join(f"t{draw.randrange(VOCABULARY)}" for _ in range(2000))], path)
-    return path
+    return save_statistics(tiny_model, tmp_path_factory.mktemp("statistics") / "tiny.safetensors")

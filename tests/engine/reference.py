@@ -27,28 +27,41 @@ class DenseReference:
         config = self.model.config
         self.kv_heads = config.num_key_value_heads
         self.group = config.num_attention_heads // self.kv_heads
-        self.head_dim = config.head_dim
-        theta = config.rope_parameters["rope_theta"]
-        self.frequencies = theta ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rotary = self.model.base_model.rotary_emb
+        self.frequencies = rotary.inv_freq.double()
+        self.scaling = rotary.attention_scaling
+        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        self.compacted_layers = [i for i, kind in enumerate(types) if kind == "full_attention"]
         numbers = load_file(statistics)
         self.query_mean = torch.view_as_complex(numbers["query_mean"].double())  # [layers, q_heads, bands]
         self.query_magnitude = numbers["query_magnitude"].double()
 
-    def _attention(self, module, query, key, value, attention_mask, scaling, **_):  # type: ignore[no-untyped-def]
+    def _attention(self, module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, **_):  # type: ignore[no-untyped-def]
         queries, tokens = query.shape[2], key.shape[2]
-        causal = torch.arange(tokens) <= torch.arange(tokens - queries, tokens)[:, None]
-        mask = causal.expand(self.kv_heads, -1, -1)
+        distance = torch.arange(tokens - queries, tokens)[:, None] - torch.arange(tokens)
+        mask = ((distance >= 0) & (distance < (sliding_window or tokens + 1))).expand(self.kv_heads, -1, -1)
         if self.visible is not None:
             mask = mask & self.visible[module.layer_idx][:, None, :tokens]
         key, value, mask = (x.repeat_interleave(self.group, dim=-3) for x in (key, value, mask))
-        weights = (query @ key.transpose(-1, -2) * scaling).masked_fill(~mask, -torch.inf).softmax(-1)
+        logits = query @ key.transpose(-1, -2) * scaling
+        if softcap is not None:
+            logits = (logits / softcap).tanh() * softcap
+        weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
         return (weights @ value).transpose(1, 2).contiguous(), None
 
     def scores(self, rotated: torch.Tensor, positions: torch.Tensor, layer: int, now: int) -> torch.Tensor:
         """rotated keys [kv_heads, n, head_dim] at positions [kv_heads, n] -> fp64 [kv_heads, n]."""
-        half = self.head_dim // 2
-        cached = torch.complex(rotated[..., :half].double(), rotated[..., half:].double())
+        half = len(self.frequencies)
+        cached = torch.complex(rotated[..., :half].double(), rotated[..., half : 2 * half].double()) / self.scaling
         key = cached * torch.polar(torch.ones(()).double(), -positions[..., None] * self.frequencies)
+        # Both the query and the key are scaled by the model's RoPE (YaRN), and with it their product.
+        weight, frequencies = torch.full((half,), self.scaling**2).double(), self.frequencies
+        if 2 * half < self.head_dim:  # partial rotary: the tail is a plain dot product, as bands that do not turn
+            tail = rotated[..., 2 * half :].double()
+            key = torch.cat((key, torch.complex(*tail.chunk(2, dim=-1))), dim=-1)
+            weight = torch.cat((weight, torch.ones(tail.shape[-1] // 2).double()))
+            frequencies = torch.cat((frequencies, torch.zeros(tail.shape[-1] // 2).double()))
         distance = (now - positions).double()
         result = torch.full(rotated.shape[:2], -torch.inf, dtype=torch.float64)
         for head in range(self.kv_heads * self.group):
@@ -57,9 +70,9 @@ class DenseReference:
             product = mean * key[kv_head].conj()  # [n, bands]: amplitude |E q||k| and phase at distance 0
             trig = torch.zeros(rotated.shape[1], dtype=torch.float64)
             for offset in OFFSETS:
-                angle = (distance[kv_head] + offset)[:, None] * self.frequencies + product.angle()
-                trig += (product.abs() * angle.cos()).sum(-1)
-            score = trig / len(OFFSETS) + (key[kv_head].abs() * (magnitude - mean.abs())).sum(-1)
+                angle = (distance[kv_head] + offset)[:, None] * frequencies + product.angle()
+                trig += (weight * product.abs() * angle.cos()).sum(-1)
+            score = trig / len(OFFSETS) + (weight * key[kv_head].abs() * (magnitude - mean.abs())).sum(-1)
             result[kv_head] = torch.maximum(result[kv_head], (score - score.mean()) / score.std())
         return result
 
@@ -92,7 +105,8 @@ class DenseReference:
     def _evict(self, cache: DynamicCache, pinned: int, processed: int, keep: int, config: CompressionConfig) -> None:
         assert self.visible is not None
         candidates, scores = [], []
-        for layer, visible in enumerate(self.visible):
+        compacted = [self.visible[layer] for layer in self.compacted_layers]
+        for layer, visible in zip(self.compacted_layers, compacted, strict=True):
             positions = torch.stack([row[:processed].nonzero().flatten() for row in visible])
             positions = torch.stack([row[row >= pinned] for row in positions])
             keys = cache.layers[layer].keys[0].gather(1, positions[..., None].expand(-1, -1, self.head_dim))
@@ -101,7 +115,7 @@ class DenseReference:
         if config.selection == "per_head":
             mean = torch.stack(scores).mean(0)
             scores = [mean] * len(scores)
-        for visible, positions, score in zip(self.visible, candidates, scores, strict=True):
+        for visible, positions, score in zip(compacted, candidates, scores, strict=True):
             score = score.masked_fill(positions >= processed - config.window, torch.inf)
             dropped = score.argsort(dim=-1)[:, : positions.shape[1] - keep]
             visible.scatter_(1, positions.gather(1, dropped), False)

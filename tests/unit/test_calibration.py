@@ -38,9 +38,7 @@ def save_model(folder: Path, config: PreTrainedConfig, bos: bool = False, **para
             spread = 0.5 if "norm" in name else 0.2
             parameter.copy_(torch.randn_like(parameter) * spread + (1.0 if "norm" in name else 0.0))
     model.save_pretrained(folder)
-    words = Tokenizer(
-        WordLevel({"<s>": 0, "<unk>": 62} | {f"w{i}": i for i in range(1, 60)}, unk_token="<unk>")
-    )
+    words = Tokenizer(WordLevel({"<s>": 0, "<unk>": 62} | {f"w{i}": i for i in range(1, 60)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     if bos:
         words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -75,10 +73,7 @@ def queries_by_hand(weights: dict[str, Tensor], ids: list[int], query_norm: bool
             if name.startswith(f"model.layers.{layer}.")
         }
         h = norm(x, w["input_layernorm.weight"], eps)
-        q, k, v = (
-            (h @ w[f"self_attn.{p}_proj.weight"].T).view(len(ids), -1, head_dim).transpose(0, 1)
-            for p in "qkv"
-        )
+        q, k, v = ((h @ w[f"self_attn.{p}_proj.weight"].T).view(len(ids), -1, head_dim).transpose(0, 1) for p in "qkv")
         if query_norm:
             q, k = norm(q, w["self_attn.q_norm.weight"], eps), norm(k, w["self_attn.k_norm.weight"], eps)
         queries.append(torch.complex(q[..., : head_dim // 2], q[..., head_dim // 2 :]))
@@ -109,9 +104,7 @@ RMS = {"rms_norm_eps": 1e-6}
 @pytest.mark.parametrize(
     ("config", "query_norm"), [(qwen3(**RMS), True), (llama(**RMS), False)], ids=["qwen3", "llama"]
 )
-def test_statistics_equal_a_forward_pass_by_hand(
-    tmp_path: Path, config: PreTrainedConfig, query_norm: bool
-) -> None:
+def test_statistics_equal_a_forward_pass_by_hand(tmp_path: Path, config: PreTrainedConfig, query_norm: bool) -> None:
     model = save_model(tmp_path, config)
     statistics = calibrate(tmp_path, TEXT, out=None)
     mean, magnitude = means_by_hand(model, [ids_of(t) for t in TEXT], query_norm)

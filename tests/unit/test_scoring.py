@@ -39,9 +39,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def keys_at(
-    rope: RopeParameters, positions: torch.Tensor, kv_heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def keys_at(rope: RopeParameters, positions: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random keys of three layers before RoPE, and the same as fp32 cache content."""
     keys = torch.randn(3, kv_heads, len(positions), rope.head_dim, generator=torch.Generator().manual_seed(1))
     return keys, rope.rotate(keys, positions).float()

@@ -1,0 +1,55 @@
+"""Score, plan and compact paged KV caches, on whatever device they lie: Triton on a GPU, torch elsewhere.
+
+    scores = score(keys, weights, regions)
+    fills = plan(scores, regions, window, shared)
+    compact(keys, values, regions, fills)
+
+One call does all layers of all requests of a step; on a GPU none of them waits for the device.
+"""
+
+from types import ModuleType
+
+from torch import Tensor
+
+from triattention.kernels import with_torch
+from triattention.kernels.vocabulary import HoleFills, LiveRegion, LiveRegions, PagedCache, QueryWeights
+
+__all__ = ["HoleFills", "LiveRegion", "LiveRegions", "PagedCache", "QueryWeights", "compact", "plan", "score"]
+
+
+def score(keys: PagedCache, weights: QueryWeights, regions: LiveRegions) -> Tensor:
+    """TriAttention scores of the live tokens, fp32 [layers, kv_heads, tokens of all requests].
+
+    Each query head's z-scores over its request's tokens, then the group's maximum. `regions.token_slice(r)` is request
+    r's part. `keys` may be of any float dtype; scales of quantised caches cancel in the z-scores.
+    """
+    return _path(keys.device.type).score(keys, weights, regions)
+
+
+def plan(scores: Tensor, regions: LiveRegions, window: int, shared: bool) -> HoleFills:
+    """Which survivors move where, for scores of `score`'s shape; higher means keep, NaN counts as the lowest.
+
+    Keeps what `triattention.selection.select` keeps: the last `window` slots of each request, and the best before
+    them, equal scores to the lower slot, so that exactly its `dead_slots` go. `shared`: one set per head for all
+    layers, of the mean over layers (`per_head`); else one per layer and head (`per_layer_per_head`).
+    """
+    for region in regions.regions:
+        keep = region.tokens - region.dead_slots
+        assert window <= keep, f"window {window} <= kept {keep} must hold"
+    return _path(scores.device.type).plan(scores, regions, window, shared)
+
+
+def compact(keys: PagedCache, values: PagedCache, regions: LiveRegions, fills: HoleFills) -> None:
+    """Copies every survivor in a dying block into a hole of a live block: keys and values, all layers, bit for bit.
+
+    Sources stand in dying blocks and targets in live ones, so no copy depends on another.
+    """
+    _path(keys.device.type).compact(keys, values, regions, fills)
+
+
+def _path(device: str) -> ModuleType:
+    if device == "cuda":
+        from triattention.kernels import with_triton
+
+        return with_triton
+    return with_torch

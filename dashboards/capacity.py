@@ -1,0 +1,156 @@
+"""Dashboard "Fleet capacity": how much the fleet can still take, where, and who waits for it."""
+
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from dashboards.board import Row, board
+from dashboards.panels import (
+    BLOCKS,
+    BLUE,
+    BYTES,
+    COUNT,
+    GREEN,
+    GREY,
+    ORANGE,
+    PER_SECOND,
+    PURPLE,
+    RATIO,
+    RED,
+    Query,
+    bars,
+    lines,
+    stacked,
+    value,
+)
+from dashboards.promql import rate, series
+from deploy.metrics import (
+    BLOCK_BYTES,
+    FREE_BLOCKS,
+    FRESH,
+    HEADROOM_BLOCKS,
+    HELD_BLOCKS,
+    PEAK_BLOCKS_PER_REQUEST,
+    PREDICTED_BLOCKS,
+    QUEUE_LENGTH,
+    QUEUED_BLOCKS,
+    REJECTIONS,
+    RESERVED_BLOCKS,
+    RUNNING,
+    TOTAL_BLOCKS,
+)
+
+# A silent replica takes nothing: its headroom is not the fleet's.
+PLACEABLE = f"{series(HEADROOM_BLOCKS)} * {series(FRESH)}"
+WATERMARK = (
+    f"{series(FREE_BLOCKS)} - {series(RESERVED_BLOCKS)} - {series(PREDICTED_BLOCKS)} - {series(HEADROOM_BLOCKS)}"
+)
+LITTLE_LEFT = ((None, RED), (0.05, ORANGE), (0.15, GREEN))
+LITTLE_FREE = ((None, GREEN), (0.85, ORANGE), (0.95, RED))
+
+
+def dashboard() -> Dashboard:
+    return board(
+        "trifleet-capacity",
+        "Fleet capacity",
+        "How many KV blocks the fleet has, what they are taken by, and what is left to promise.",
+        Row("Now", (
+            value(
+                "Headroom",
+                "Blocks that can still be promised to new requests, on replicas that report. Where it stays near 0 "
+                "requests wait: add replicas or lower the budget.",
+                BLOCKS, Query(f"sum({PLACEABLE})", "headroom"),
+            ),
+            value(
+                "Headroom, share of all blocks",
+                "The same as a share of the fleet's pools.",
+                RATIO, Query(f"sum({PLACEABLE}) / sum({series(TOTAL_BLOCKS)})", "headroom"), steps=LITTLE_LEFT,
+            ),
+            value(
+                "Lowest headroom",
+                "The fullest replica. A long request fits only where one replica alone has the headroom.",
+                BLOCKS, Query(f"bottomk(1, {PLACEABLE})", "{{replica}}"), width=5,
+            ),
+            value(
+                "Highest headroom",
+                "The emptiest replica: the largest request that starts at once needs no more than this.",
+                BLOCKS, Query(f"topk(1, {PLACEABLE})", "{{replica}}"), width=5,
+            ),
+            value(
+                "Replicas that take requests",
+                "Those that report. See dashboard Routing for the others.",
+                COUNT, Query(f"sum({series(FRESH)})", "replicas"), width=3,
+            ),
+            value(
+                "Requests that decode",
+                "Sequences that the engines decode now: users served at this moment.",
+                COUNT, Query(f"sum({series(RUNNING)})", "running"), width=3,
+            ),
+        )),
+        Row("Blocks", (
+            stacked(
+                "What the fleet's blocks are taken by",
+                "Live: held by requests. Predicted: what running requests may still take, up to their bound. "
+                "Reserved: promised to requests that no report shows yet. Headroom: free to promise.",
+                BLOCKS,
+                {"live": BLUE, "predicted": ORANGE, "reserved": PURPLE, "headroom": GREEN, "watermark": GREY},
+                Query(f"sum({series(HELD_BLOCKS)})", "live"),
+                Query(f"sum({series(PREDICTED_BLOCKS)})", "predicted"),
+                Query(f"sum({series(RESERVED_BLOCKS)})", "reserved"),
+                Query(f"sum(clamp_min({series(HEADROOM_BLOCKS)}, 0))", "headroom"),
+                Query(f"sum({WATERMARK})", "watermark"),
+                line=Query(f"sum({series(TOTAL_BLOCKS)})", "capacity"),
+                width=16,
+            ),
+            bars(
+                "Blocks in use, by replica",
+                "One replica near 100 % beside others that are not: look at placements in dashboard Routing.",
+                Query(f"{series(HELD_BLOCKS)} / {series(TOTAL_BLOCKS)}", "{{replica}}"), LITTLE_FREE, width=8,
+            ),
+            lines(
+                "Headroom by replica",
+                "Below 0 a replica has promised more than it has: its requests may be preempted.",
+                BLOCKS, Query(series(HEADROOM_BLOCKS), "{{replica}}"),
+            ),
+            lines(
+                "Free blocks by replica",
+                "As the engine reports them, before anything promised is taken off.",
+                BLOCKS, Query(series(FREE_BLOCKS), "{{replica}}"),
+            ),
+            lines(
+                "KV memory",
+                "The same pools in bytes.",
+                BYTES,
+                Query(f"sum({series(HELD_BLOCKS)} * {series(BLOCK_BYTES)})", "live"),
+                Query(f"sum({series(TOTAL_BLOCKS)} * {series(BLOCK_BYTES)})", "capacity"),
+            ),
+            lines(
+                "Requests that fit at the largest size seen",
+                "Pool over the most blocks that one request has held: how many such requests the fleet decodes at "
+                "once, against how many it decodes now.",
+                COUNT,
+                Query(f"sum({series(TOTAL_BLOCKS)} / ({series(PEAK_BLOCKS_PER_REQUEST)} > 0))", "fit"),
+                Query(f"sum({series(RUNNING)})", "decode now"),
+            ),
+        )),
+        Row("Demand that does not fit", (
+            lines(
+                "Requests that wait for a replica",
+                "By class: short requests do not wait behind long ones.",
+                COUNT, Query(f"sum by (class) ({series(QUEUE_LENGTH)})", "{{class}}"), width=8,
+            ),
+            lines(
+                "Blocks that the waiting requests need",
+                "Against the headroom: a queue that needs more than the fleet has left drains only as requests end.",
+                BLOCKS,
+                Query(f"sum({series(QUEUED_BLOCKS)})", "needed"),
+                Query(f"sum({PLACEABLE})", "headroom"),
+                width=8,
+            ),
+            lines(
+                "Refusals by reason",
+                "queue_full and queue_deadline mean too little capacity; over_max_model_len and over_kv_pool are "
+                "requests that no replica can ever serve; no_replica means that none reports; the others are faulty "
+                "requests.",
+                PER_SECOND, Query(f"sum by (reason) ({rate(REJECTIONS)})", "{{reason}}"), width=8,
+            ),
+        )),
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""Dashboard "Compaction": how often the engines compact and how much memory that gives back."""
+
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from dashboards.board import Row, board
+from dashboards.panels import (
+    BLOCKS,
+    BYTES,
+    BYTES_PER_SECOND,
+    COUNT,
+    GREEN,
+    PER_MINUTE,
+    PER_SECOND,
+    RED,
+    Query,
+    lines,
+    value,
+)
+from dashboards.promql import increase, rate, series
+from deploy.metrics import (
+    COMPACTIONS,
+    EVICTED_TOKENS,
+    FREED_BLOCKS,
+    HELD_BLOCKS,
+    PEAK_BLOCKS_PER_REQUEST,
+    PREEMPTIONS,
+    RECLAIMED_BYTES,
+    RUNNING,
+    STRANDED_SLOTS,
+)
+
+ZERO_IS_GOOD = ((None, GREEN), (1, RED))
+
+
+def dashboard() -> Dashboard:
+    return board(
+        "trifleet-compaction",
+        "Compaction",
+        "How often the engines compact, and how much KV memory came back: in freed blocks, not in evicted tokens.",
+        Row("In the period shown", (
+            value(
+                "Compactions",
+                "0 under long requests: compression is off, or nothing grows past budget + interval.",
+                COUNT, Query(f"sum({increase(COMPACTIONS)})", "compactions"), width=5,
+            ),
+            value(
+                "Freed blocks",
+                "Blocks that went back to the pools and could be given to others.",
+                COUNT, Query(f"sum({increase(FREED_BLOCKS)})", "freed blocks"), width=5,
+            ),
+            value(
+                "Memory reclaimed",
+                "The freed blocks in bytes, over all layers.",
+                BYTES, Query(f"sum({increase(RECLAIMED_BYTES)})", "reclaimed"), width=5,
+            ),
+            value(
+                "Stranded slots",
+                "Live slots lost to alignment: 0 by construction, anything else is a defect of the engine.",
+                COUNT, Query(f"sum({series(STRANDED_SLOTS)})", "stranded slots"), width=4, steps=ZERO_IS_GOOD,
+            ),
+            value(
+                "Preemptions",
+                "Requests that lost all blocks and are computed again: the pool was promised too generously.",
+                COUNT, Query(f"sum({increase(PREEMPTIONS)})", "preemptions"), width=5, steps=ZERO_IS_GOOD,
+            ),
+        )),
+        Row("Pace", (
+            lines(
+                "Compactions per minute, by replica",
+                "Every decoding request past its budget compacts once per interval.",
+                PER_MINUTE, Query(f"60 * {rate(COMPACTIONS)}", "{{replica}}"), width=8,
+            ),
+            lines(
+                "Freed blocks per second, by replica",
+                "The pace at which compaction feeds the pool.",
+                PER_SECOND, Query(rate(FREED_BLOCKS), "{{replica}}"), width=8,
+            ),
+            lines(
+                "Memory reclaimed per second, by replica",
+                "The same in bytes.",
+                BYTES_PER_SECOND, Query(rate(RECLAIMED_BYTES), "{{replica}}"), width=8,
+            ),
+            lines(
+                "Memory reclaimed since the engines' start, by replica",
+                "A replica that starts anew starts from 0.",
+                BYTES, Query(series(RECLAIMED_BYTES), "{{replica}}"),
+            ),
+            lines(
+                "Preemptions per minute, by replica",
+                "Should be 0: raise watermark_blocks, or lower the budget.",
+                PER_MINUTE, Query(f"60 * {rate(PREEMPTIONS)}", "{{replica}}"),
+            ),
+        )),
+        Row("Yield", (
+            lines(
+                "Freed blocks per compaction",
+                "Interval over block size, where no block is shared with another request.",
+                BLOCKS,
+                Query(f"sum by (replica) ({rate(FREED_BLOCKS)}) / sum by (replica) ({rate(COMPACTIONS)})",
+                      "{{replica}}"),
+                width=8,
+            ),
+            lines(
+                "Evicted tokens per freed block",
+                "The block size, when every evicted token's memory came back. More: blocks stay because other "
+                "requests share them.",
+                COUNT,
+                Query(f"sum by (replica) ({rate(EVICTED_TOKENS)}) / sum by (replica) ({rate(FREED_BLOCKS)})",
+                      "{{replica}}"),
+                width=8,
+            ),
+            lines(
+                "Blocks per decoding request",
+                "Live blocks over decoding sequences, and the most that one request has held: it stays under the "
+                "bound of budget, interval and pinned prompt however long the answers get.",
+                BLOCKS,
+                Query(f"{series(HELD_BLOCKS)} / ({series(RUNNING)} > 0)", "mean of {{replica}}"),
+                Query(series(PEAK_BLOCKS_PER_REQUEST), "most on {{replica}}"),
+                width=8,
+            ),
+        )),
+    )  # fmt: skip

@@ -1,0 +1,182 @@
+"""The `trifleet` command line: what a person types and sees. Owns no decision; each command calls its part."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deploy.fleet import FleetError, answers, endpoint, running_fleet
+from deploy.settings import FleetSettings, SettingsError, load_settings
+
+LOCAL = Path(__file__).parent / "configs" / "local.yaml"
+
+app = typer.Typer(
+    help="A fleet of vLLM engines that serve long reasoning in bounded KV memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+SettingsFile = Annotated[Path, typer.Option("--file", "-f", help="The fleet's settings (YAML).")]
+
+
+@app.command()
+def up(file: SettingsFile = LOCAL) -> None:
+    """Start the fleet and keep it up until Ctrl-C."""
+    with _sentences():
+        settings = load_settings(file)
+        with _shown_fleet(settings) as url:
+            console.print(f"\nThe fleet serves [bold]{settings.served_model_name}[/] at [bold]{url}/v1[/]\n")
+            console.print(_curl_line(settings, url), soft_wrap=True, highlight=False)
+            console.print("\n[dim]Ctrl-C stops it.[/]")
+            with suppress(KeyboardInterrupt):
+                signal.pause()
+
+
+@app.command()
+def demo(
+    file: SettingsFile = LOCAL,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The same load again with compression off, in the same KV memory.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Send a mixed load of short chats and long reasoning, and show what compression did."""
+    from deploy.demo import DemoError, run_demo, show, write_json
+
+    with _sentences(DemoError):
+        settings = load_settings(file)
+        url = endpoint(settings)
+        if answers(url):
+            if compare:
+                raise FleetError(
+                    f"A fleet answers at {url} already, and --compare starts its own twice: stop that one first."
+                )
+            results = [run_demo(url, settings.served_model_name, console)]
+        else:
+            runs = [(settings, "With compression")]
+            if compare:
+                runs.append((settings.without_compression(), "Without compression"))
+            results = []
+            for one, title in runs:
+                with _shown_fleet(one, title if compare else "Fleet"):
+                    results.append(run_demo(url, one.served_model_name, console, title=title))
+        show(console, *results)
+        if json is not None:
+            write_json(json, *results)
+            console.print(f"\nFigures: {json}")
+        if any(result.errors for result in results):
+            raise typer.Exit(1)
+
+
+@app.command()
+def status(file: SettingsFile = LOCAL) -> None:
+    """Show the replicas' memory and the queue of a running fleet."""
+    with _sentences():
+        url = endpoint(load_settings(file))
+        try:
+            response = httpx.get(f"{url}/fleet", timeout=5)
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise FleetError(f"No fleet answers at {url} ({error}): start it with `trifleet up`.") from None
+        console.print(_status_table(url, response.json()))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option("--model", help="Path or id of the model.")],
+    text: Annotated[Path, typer.Option("--text", help="A text file like the traffic to come.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the statistics (safetensors).")],
+) -> None:
+    """Measure a model's query statistics, which the triattention policy scores with."""
+    from triattention.calibration import calibrate as run
+
+    with _sentences(ValueError):
+        bar = Progress(TextColumn("[bold]Calibrating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with bar:
+            task = bar.add_task("", total=None)
+            run(Path(model), text, out, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
+        console.print(f"Statistics: {out}")
+
+
+@contextmanager
+def _shown_fleet(settings: FleetSettings, title: str = "Fleet") -> Iterator[str]:
+    """A running fleet with its start and its stop shown as lines with times."""
+    began = time.monotonic()
+    spinner = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    )
+    with spinner:
+        task = spinner.add_task(f"{title}: starting")
+
+        def step(part: str) -> None:
+            spinner.update(task, description=f"{title}: {part}")
+
+        with running_fleet(settings, step) as url:
+            spinner.stop()
+            spinner.update(task, visible=False)
+            console.print(f"[green]✓[/] {title} up in {time.monotonic() - began:.0f} s")
+            try:
+                yield url
+            finally:
+                console.print("Stopping …")
+    console.print("[green]✓[/] Stopped; no process is left.")
+
+
+def _status_table(url: str, fleet: dict[str, Any]) -> Table:
+    queue = ", ".join(f"{count} {kind}" for kind, count in fleet["queue_length"].items())
+    table = Table(
+        title=f"Fleet at {url}",
+        title_justify="left",
+        caption=f"Blocks of KV memory. Waiting: {queue}. Placed so far: {fleet['admissions']:,}.",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("replica", style="bold", no_wrap=True)
+    for column in ("blocks", "free", "headroom", "running", "compactions", "given back"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for replica in fleet["replicas"]:
+        engine = replica["engine"]
+        values = (
+            engine["total_blocks"],
+            engine["free_blocks"],
+            replica["headroom_blocks"],
+            engine["running"],
+            engine["compactions"],
+            engine["freed_blocks"],
+        )
+        name = replica["replica"] if replica["fresh"] else f"[red]{replica['replica']} silent[/]"
+        table.add_row(name, *(f"{value:,}" for value in values))
+    return table
+
+
+def _curl_line(settings: FleetSettings, url: str) -> str:
+    message = f'{{"model": "{settings.served_model_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{message}'"
+
+
+@contextmanager
+def _sentences(*more: type[Exception]) -> Iterator[None]:
+    """Known mistakes end as a sentence and exit code 1; Ctrl-C and a polite kill end cleanly."""
+    # Also where a shell started us in the background, which ignores SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    known: tuple[type[Exception], ...] = (SettingsError, FleetError, *more)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except known as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        sys.exit(1)

@@ -1,0 +1,61 @@
+"""Every architecture feature that the engine claims, token by token against the dense reference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from tests.engine.conftest import BLOCK, SIZES, EngineFactory, save_tiny_model
+from tests.engine.reference import DenseReference
+from tests.engine.test_exactness import assert_pool_whole, generate, scheduler_of
+from tests.unit.tiny_models import random_statistics
+from triattention.config import CompressionConfig
+
+TOKENS = 350
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 2048}
+HYBRID = {
+    "num_hidden_layers": 4, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 32,
+}  # fmt: skip
+
+MATRIX: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, group 1, head 64": ("Llama", {"num_key_value_heads": 4, "head_dim": 64}),
+    "llama 3 scaling, group 4, head 128": (
+        "Llama", {"num_key_value_heads": 1, "head_dim": 128, "rope_parameters": LLAMA3}),
+    "qwen2, group 2, head 80": ("Qwen2", {"hidden_size": 320}),
+    "qwen3, group 8, head 96": ("Qwen3", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 96}),
+    "qwen3 yarn, group 2, head 256": ("Qwen3", {"head_dim": 256, "rope_parameters": YARN}),
+    "mistral, group 2, head 64": ("Mistral", {"head_dim": 64, "sliding_window": None}),
+    "phi3, partial rotary": (
+        "Phi3", {"hidden_size": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "gemma2, sliding and full layers": ("Gemma2", HYBRID),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_greedy_tokens_equal_the_reference(
+    engine: EngineFactory, prompts: list[list[int]], tmp_path: Path, name: str
+) -> None:
+    family, changes = MATRIX[name]
+    sizes = SIZES | changes
+    if family in ("Qwen2", "Phi3"):
+        sizes.pop("head_dim")
+    model_config = getattr(transformers, f"{family}Config")(**sizes)
+    model, statistics = save_tiny_model(model_config, tmp_path / "model"), tmp_path / "statistics.safetensors"
+    random_statistics(model_config).save(statistics)
+    config = CompressionConfig(budget=96, interval=64, window=16, statistics=statistics)
+    llm = engine(config, model=model)
+    ours = generate(llm, prompts[:2], TOKENS)
+
+    reference = DenseReference(model, statistics)
+    for prompt, tokens in zip(prompts[:2], ours, strict=True):
+        expected, compactions = reference.generate(prompt, TOKENS, config, BLOCK, in_flight=0)
+        assert compactions >= 3
+        assert tokens == expected
+    assert all(manager.compactions >= 6 for manager in scheduler_of(llm).compacted)
+    assert_pool_whole(llm)

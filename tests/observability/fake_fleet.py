@@ -1,0 +1,143 @@
+"""A fake fleet for the dashboards' tests: the real admission core and exposition, fed by made-up engines.
+
+Serves `/metrics` on a free loopback port. Its time runs with the clock; every scrape catches up with it.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+
+from deploy.admission import Admission, FleetSnapshot
+from deploy.messages import Demand, Placement
+from deploy.metrics import render
+from deploy.settings import CoordinatorSettings
+from tests.unit.reports import BLOCK, compression, report
+
+MODEL = "fake-model"
+TICK_SECONDS = 0.1
+POOL_BLOCKS = 48
+BUDGET = 256
+MOST_LIVE_BLOCKS = (BUDGET + 128) // BLOCK
+FREED_AT_ONCE = 128 // BLOCK
+
+
+@dataclass
+class FakeEngine:
+    """Every request grows by a block a tick, is compacted when it reaches the most, and ends with its last token."""
+
+    name: str
+    sequence: int = 0
+    held: dict[str, int] = field(default_factory=dict)
+    ticks_left: dict[str, int] = field(default_factory=dict)
+    counters: dict[str, int] = field(
+        default_factory=lambda: {
+            "compactions": 0,
+            "freed_blocks": 0,
+            "evicted_tokens": 0,
+            "peak_blocks_per_request": 0,
+            "preemptions": 0,
+        }
+    )
+
+    def start(self, reservation: str, ticks: int) -> None:
+        self.held[reservation] = 1
+        self.ticks_left[reservation] = ticks
+
+    def tick(self) -> tuple[str, ...]:
+        """Names of the requests that ended."""
+        for reservation in self.held:
+            self.ticks_left[reservation] -= 1
+            self.held[reservation] += 1
+            if self.held[reservation] > MOST_LIVE_BLOCKS:
+                self.held[reservation] -= FREED_AT_ONCE
+                self.counters["compactions"] += 1
+                self.counters["freed_blocks"] += FREED_AT_ONCE
+                self.counters["evicted_tokens"] += FREED_AT_ONCE * BLOCK
+        self.counters["peak_blocks_per_request"] = max(self.counters["peak_blocks_per_request"], *self.held.values(), 0)
+        ended = tuple(reservation for reservation, left in self.ticks_left.items() if left <= 0)
+        for reservation in ended:
+            del self.held[reservation], self.ticks_left[reservation]
+        self.sequence += 1
+        return ended
+
+
+class FakeFleet:
+    """Two engines that get more than they can serve: a new request every tick, some of them impossible."""
+
+    def __init__(self) -> None:
+        self._rng = random.Random(0)
+        self._admission = Admission(CoordinatorSettings(watermark_blocks=2), self._rng)
+        self._engines = {name: FakeEngine(name) for name in ("fake-a", "fake-b")}
+        self._names = map(str, count())
+        self._ticks_needed: dict[str, int] = {}
+        self._began = time.monotonic()
+        self._ticks = 0
+        self._lock = threading.Lock()
+
+    def snapshot(self) -> FleetSnapshot:
+        with self._lock:
+            now = time.monotonic() - self._began
+            while self._ticks * TICK_SECONDS <= now:
+                self._tick(self._ticks * TICK_SECONDS)
+                self._ticks += 1
+            return self._admission.snapshot(now)
+
+    def metrics(self) -> bytes:
+        return render(self.snapshot(), MODEL)
+
+    def _tick(self, now: float) -> None:
+        decisions = self._admission.tick(now)
+        for engine in self._engines.values():
+            ended = engine.tick()
+            decisions += self._admission.observe(
+                report(
+                    engine.name,
+                    engine.sequence,
+                    total=POOL_BLOCKS,
+                    held=engine.held,
+                    running=len(engine.held),
+                    finished=ended,
+                    max_model_len=4096,
+                    compression=compression(BUDGET),
+                    **engine.counters,
+                ),
+                now,
+            )
+        demand = Demand(next(self._names), 20, self._rng.choice((96, 320, 1600, 3200, 9600)))
+        self._ticks_needed[demand.reservation] = demand.total_tokens // BLOCK - 1
+        for made in [*decisions, self._admission.submit(demand, now)]:
+            if isinstance(made, Placement):
+                self._engines[made.replica].start(made.reservation, self._ticks_needed[made.reservation])
+
+
+@contextmanager
+def fake_fleet_server() -> Iterator[str]:
+    """The address of `/metrics`."""
+    fleet = FakeFleet()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = fleet.metrics()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

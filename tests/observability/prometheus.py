@@ -1,0 +1,144 @@
+"""A real Prometheus for the tests: Debian's package, installed if it may be, on a free port with its own folder."""
+
+import functools
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import yaml
+
+from dashboards.catalog import RULES
+
+START_SECONDS = 30.0
+
+
+class PrometheusMissing(RuntimeError):
+    """Neither there nor installable; the message says what to do."""
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """Path of `prometheus` or `promtool`. Installs Debian's package if this may be done here."""
+    if found := shutil.which(name):
+        return found
+    wanted = "install Prometheus (on Debian and Ubuntu: apt-get install prometheus) and run the tests again"
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise PrometheusMissing(f"{name} is not on the PATH and cannot be installed from here: {wanted}.")
+    for step in (["update"], ["install", "--yes", "--no-install-recommends", "prometheus"]):
+        done = subprocess.run(
+            ["apt-get", "--quiet", *step],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+        )
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise PrometheusMissing(f"apt-get {step[0]} failed ({last}): {wanted}.")
+    # The package may start its own server; the tests start theirs.
+    if shutil.which("service"):
+        subprocess.run(["service", "prometheus", "stop"], capture_output=True, check=False)
+    found = shutil.which(name)
+    assert found, f"apt-get installed prometheus, but there is no {name}"
+    return found
+
+
+class Prometheus:
+    """A running server, asked through its HTTP API."""
+
+    def __init__(self, url: str) -> None:
+        self._client = httpx.Client(base_url=url, timeout=30)
+
+    def query(self, expr: str, at: float) -> list[dict[str, Any]]:
+        """The series at one moment (Unix time). Raises AssertionError for what Prometheus does not accept."""
+        return self._ask("/api/v1/query", {"query": expr, "time": at})
+
+    def query_range(self, expr: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
+        return self._ask("/api/v1/query_range", {"query": expr, "start": start, "end": end, "step": step})
+
+    def get(self, path: str) -> Any:
+        answer = self._client.get(path).json()
+        assert answer["status"] == "success", f"{path}: {answer}"
+        return answer["data"]
+
+    def is_ready(self) -> bool:
+        try:
+            return self._client.get("/-/ready").is_success
+        except httpx.TransportError:
+            return False
+
+    def _ask(self, path: str, form: dict[str, Any]) -> list[dict[str, Any]]:
+        answer = self._client.post(path, data=form).json()
+        assert answer["status"] == "success", f"Prometheus does not run {form['query']}: {answer.get('error')}"
+        series: list[dict[str, Any]] = answer["data"]["result"]
+        return series
+
+
+@contextmanager
+def running_prometheus(metrics_url: str, interval_seconds: int = 1) -> Iterator[Prometheus]:
+    """Scrapes the one address, evaluates our rules, and is gone with its data at the end."""
+    address = urlsplit(metrics_url)
+    binary = tool("prometheus")
+    with tempfile.TemporaryDirectory(prefix="trifleet-prometheus-") as folder:
+        config = Path(folder, "prometheus.yml")
+        config.write_text(
+            yaml.safe_dump(
+                {
+                    "global": {
+                        "scrape_interval": f"{interval_seconds}s",
+                        "scrape_timeout": f"{interval_seconds}s",
+                        "evaluation_interval": f"{interval_seconds}s",
+                    },
+                    "rule_files": [str(RULES)],
+                    "scrape_configs": [
+                        {
+                            "job_name": "trifleet",
+                            "scheme": address.scheme,
+                            "metrics_path": address.path,
+                            "static_configs": [{"targets": [address.netloc], "labels": {"cluster": "local"}}],
+                        }
+                    ],
+                }
+            )
+        )
+        port = _free_port()
+        log = Path(folder, "prometheus.log")
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [
+                    binary,
+                    f"--config.file={config}",
+                    f"--storage.tsdb.path={folder}/data",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                    "--log.level=warn",
+                ],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            prometheus = Prometheus(f"http://127.0.0.1:{port}")
+            deadline = time.monotonic() + START_SECONDS
+            while not prometheus.is_ready():
+                running = process.poll() is None and time.monotonic() < deadline
+                assert running, f"Prometheus did not start: {log.read_text()}"
+                time.sleep(0.1)
+            yield prometheus
+        finally:
+            process.terminate()
+            process.wait(timeout=START_SECONDS)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

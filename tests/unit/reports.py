@@ -1,0 +1,47 @@
+"""Capacity reports with sensible defaults, for the tests of the coordinator's core."""
+
+from replicas.messages import CapacityReport, ReplicaLimits
+from triattention.config import CompressionConfig
+from triattention.report import EngineReport
+
+BLOCK = 32
+
+
+def report(
+    replica: str = "a",
+    sequence: int = 1,
+    *,
+    epoch: str = "first",
+    total: int = 100,
+    held: dict[str, int] | None = None,
+    free: int | None = None,
+    running: int = 0,
+    finished: tuple[str, ...] = (),
+    max_model_len: int = 8192,
+    compression: CompressionConfig | None = None,
+    block_size: int = BLOCK,
+    **counters: int,
+) -> CapacityReport:
+    held = held or {}
+    return CapacityReport(
+        replica=replica,
+        epoch=epoch,
+        sequence=sequence,
+        limits=ReplicaLimits(max_model_len, compression),
+        engine=EngineReport(
+            block_size=block_size,
+            bytes_per_block=1024,
+            total_blocks=total,
+            free_blocks=total - sum(held.values()) if free is None else free,
+            running=running,
+            waiting=0,
+            in_flight_tokens=2,
+            **counters,
+        ),
+        held_blocks=held,
+        finished=finished,
+    )
+
+
+def compression(budget: int = 256, interval: int = 128) -> CompressionConfig:
+    return CompressionConfig(budget=budget, interval=interval, window=32, policy="random")

@@ -1,0 +1,92 @@
+"""The Triton kernels, compiled for an H200 (compute capability 9.0) by Triton's own compiler; no GPU is needed."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from tests.unit.kernel_cases import Case, make_case
+from triattention.kernels import with_triton
+
+KERNELS = ("_raw_scores_kernel", "_standardise_kernel", "_plan_kernel", "_compact_kernel")
+_POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32"}
+
+
+class Recorder:
+    """Stands in for a kernel and remembers what it is launched with."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **keywords: Any) -> None:
+            self.grid, self.arguments, self.keywords = grid, arguments, keywords
+
+        return launch
+
+
+def compiled(name: str, case: Case) -> Any:
+    """The kernel as it would be compiled for this case's launch, specialised as Triton specialises."""
+    kernel = getattr(with_triton, name)
+    recorders = {kernel_name: Recorder() for kernel_name in KERNELS}
+    with patch.multiple(with_triton, **recorders):
+        scores = with_triton.score(case.keys, case.weights, case.regions)
+        with_triton.compact(
+            case.keys, case.values, case.regions, with_triton.plan(scores, case.regions, 0, shared=True)
+        )
+    launch = recorders[name]
+    given = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.keywords
+    signature, constants, hints = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = given.pop(parameter.name)
+        is_tensor = isinstance(value, torch.Tensor)
+        if parameter.is_constexpr or (not is_tensor and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = _POINTERS[value.dtype] if is_tensor else "i32"
+        if (value.data_ptr() if is_tensor else value) % 16 == 0:
+            hints[(index,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=given)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_for_hopper(name: str) -> None:
+    assert compiled(name, make_case(kv_heads=8, dead_slots=(16,))).asm["cubin"]
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "blocks first"])
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (80, 8)])
+def test_scoring_loads_keys_16_bytes_at_a_time_ahead_and_multiplies_on_tensor_cores(
+    layout: str, head_dim: int, group: int
+) -> None:
+    ptx = compiled(
+        "_raw_scores_kernel", make_case(torch.bfloat16, head_dim, group, layout=layout, dead_slots=(16,))
+    ).asm["ptx"]
+    keys = [line for line in ptx.splitlines() if "cp.async.c" in line and " 0x10" in line]
+    assert len(keys) >= 16  # two halves of 64 tokens, 8 loads per thread, at least two tiles
+    assert "ld.global.b16" not in ptx
+    assert "wgmma.mma_async" in ptx
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group"),
+    [(torch.float16, 128, 8), (torch.float32, 128, 4), (torch.float8_e4m3fn, 128, 4), (torch.bfloat16, 256, 2)],
+    ids=str,
+)
+def test_scoring_compiles_for_other_dtypes_and_head_dims(dtype: torch.dtype, head_dim: int, group: int) -> None:
+    compiled("_raw_scores_kernel", make_case(dtype, head_dim, group, dead_slots=(16,)))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "blocks first"])
+def test_compaction_copies_rows_16_bytes_at_a_time(layout: str) -> None:
+    case = make_case(layout=layout, tokens=(48,), dead_slots=(16,))
+    ptx = compiled("_compact_kernel", case).asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") == ptx.count("st.global.v4.b32") >= 2
+    assert ".b16" not in "".join(line for line in ptx.splitlines() if "global" in line)

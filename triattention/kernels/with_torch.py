@@ -1,0 +1,121 @@
+"""Score, plan and compact in plain torch: the CPU's path, and what the Triton kernels are compared with."""
+
+import torch
+from torch import Tensor
+
+from triattention.kernels.vocabulary import HoleFills, LiveRegions, PagedCache, QueryWeights
+
+# By size, not by kind: copies are bit-exact and fp8 has no indexing of its own.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def raw_scores(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, layers: range) -> Tensor:
+    """S of each query head, fp32 [layers, kv_heads, group, tokens of all requests]."""
+    rotations = weights.rotations([r.position for r in regions.regions]).to(torch.complex64).to(keys.device)
+    means = torch.complex(weights.mean_real, weights.mean_imag)
+    scores = torch.empty(
+        (len(layers), keys.kv_heads, weights.group, regions.tokens), dtype=torch.float32, device=keys.device
+    )
+    for request, region in enumerate(regions.regions):
+        block_ids = regions.blocks_of(request)
+        turned = as_heads(means * rotations[request], weights)
+        for row, layer in enumerate(layers):
+            tokens = keys.gather(layer, block_ids, region.tokens).float()
+            real, imag = split(tokens, weights)
+            magnitude = (real.square() + imag.square()).sqrt_()
+            part = turned[layer] @ tokens.transpose(-1, -2)
+            part += weights.spread[layer] @ magnitude.transpose(-1, -2)
+            scores[row, :, :, regions.token_slice(request)] = part
+    return scores
+
+
+def score(keys: PagedCache, weights: QueryWeights, regions: LiveRegions) -> Tensor:
+    raw = raw_scores(keys, weights, regions, range(len(keys.layers)))
+    scores = torch.empty((raw.shape[0], raw.shape[1], raw.shape[3]), dtype=torch.float32, device=raw.device)
+    for request in range(len(regions)):
+        tokens = regions.token_slice(request)
+        scores[..., tokens] = standardise(raw[..., tokens]).amax(dim=2)
+    return scores
+
+
+def plan(scores: Tensor, regions: LiveRegions, window: int, shared: bool) -> HoleFills:
+    if shared:
+        scores = scores.mean(dim=0, keepdim=True)
+    source = torch.empty((*scores.shape[:2], regions.fills), dtype=torch.int32, device=scores.device)
+    target = torch.empty_like(source)
+    for request, region in enumerate(regions.regions):
+        fills = regions.fill_slice(request)
+        kept = _kept(scores[..., regions.token_slice(request)], region.tokens - region.dead_slots, window)
+        source[..., fills] = _slots(kept[..., : region.dead_slots], region.dead_slots)
+        target[..., fills] = _slots(~kept[..., region.dead_slots :], region.dead_slots, region.dead_slots)
+    return HoleFills(source, target)
+
+
+def compact(keys: PagedCache, values: PagedCache, regions: LiveRegions, fills: HoleFills) -> None:
+    size = regions.block_size
+    counts = torch.tensor([region.dead_slots for region in regions.regions], device=keys.device)
+    first_block = regions.requests[:, 2].repeat_interleave(counts)
+    # Shared sets: one row of indices serves all layers.
+    rows = []
+    for source, target in zip(fills.source, fills.target, strict=True):
+        head, at = (source >= 0).nonzero(as_tuple=True)
+        from_slot, to_slot = source[head, at], target[head, at]
+        from_block = regions.block_ids[first_block[at] + from_slot // size]
+        to_block = regions.block_ids[first_block[at] + to_slot // size]
+        rows.append((head, from_block, from_slot % size, to_block, to_slot % size))
+    for cache in (keys, values):
+        t2 = cache.layers[0].shape[3]
+        for layer, view in enumerate(cache.layers):
+            head, from_block, from_token, to_block, to_token = rows[layer if len(rows) > 1 else 0]
+            numbers = view.view(_INTEGERS[view.element_size()])
+            survivors = numbers[from_block, head, from_token // t2, from_token % t2]
+            numbers[to_block, head, to_token // t2, to_token % t2] = survivors
+
+
+def standardise(scores: Tensor) -> Tensor:
+    """z-scores over the last axis (population deviation); zeros for equal scores."""
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    deviation = centred.square().mean(dim=-1, keepdim=True).sqrt_()
+    # Equal scores are not quite equal to their rounded mean: what is left is no deviation.
+    rounding = 4 * torch.finfo(scores.dtype).eps * scores.abs().amax(dim=-1, keepdim=True)
+    return centred.div_(deviation).masked_fill_(deviation <= rounding, 0)
+
+
+def split(heads: Tensor, weights: QueryWeights) -> tuple[Tensor, Tensor]:
+    """Real and imaginary parts, each [..., bands], of heads [..., head_dim]; as `RopeParameters.split`."""
+    if weights.interleaved:
+        return heads[..., 0::2], heads[..., 1::2]
+    if weights.rotary_dim == heads.shape[-1]:
+        return heads[..., : weights.bands], heads[..., weights.bands :]
+    half, tail = weights.rotary_dim // 2, weights.bands - weights.rotary_dim // 2
+    a, b, c, d = heads.split((half, half, tail, tail), dim=-1)
+    return torch.cat((a, c), dim=-1), torch.cat((b, d), dim=-1)
+
+
+def as_heads(bands: Tensor, weights: QueryWeights) -> Tensor:
+    """Inverse of `split`, of complex bands [..., bands]: heads [..., head_dim]."""
+    if weights.interleaved:
+        return torch.view_as_real(bands).flatten(-2)
+    half = weights.rotary_dim // 2
+    front, tail = bands[..., :half], bands[..., half:]
+    return torch.cat((front.real, front.imag, tail.real, tail.imag), dim=-1)
+
+
+def _kept(scores: Tensor, keep: int, window: int) -> Tensor:
+    """As `triattention.selection.select` of one set per row: bool, `keep` True along the last axis."""
+    tokens = scores.shape[-1]
+    old = scores[..., : tokens - window].nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    order = old.argsort(dim=-1, descending=True, stable=True)
+    kept = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    kept[..., : tokens - window] = False
+    return kept.scatter_(-1, order[..., : keep - window], True)
+
+
+def _slots(mask: Tensor, capacity: int, first: int = 0) -> Tensor:
+    """Indices, from `first` on, of True along the last axis, at the front; then -1: int32 [..., capacity]."""
+    # A spare column takes what is not True.
+    slots = torch.full((*mask.shape[:-1], capacity + 1), -1, dtype=torch.int32, device=mask.device)
+    place = torch.where(mask, mask.cumsum(dim=-1) - 1, capacity)
+    numbers = torch.arange(first, first + mask.shape[-1], dtype=torch.int32, device=mask.device)
+    slots.scatter_(-1, place, numbers.expand(mask.shape))
+    return slots[..., :capacity]
