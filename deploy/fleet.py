@@ -67,12 +67,13 @@ def endpoint(settings: FleetSettings) -> str:
     return f"http://{settings.http.host}:{settings.http.port}"
 
 
-def answers(url: str) -> bool:
-    """Whether a fleet answers there now."""
+def answers(url: str, replicas: int = 1) -> bool:
+    """Whether a fleet answers there now, of which at least so many replicas have reported."""
     try:
-        return httpx.get(f"{url}/fleet", timeout=5).status_code == 200
+        response = httpx.get(f"{url}/fleet", timeout=5)
     except httpx.HTTPError:
         return False
+    return response.status_code == 200 and len(response.json()["replicas"]) >= replicas
 
 
 def _start_ray(settings: FleetSettings) -> None:
@@ -130,7 +131,7 @@ def _await_running(settings: FleetSettings, progress: Progress) -> None:
         replicas = status.deployments.get(REPLICA)
         running = replicas.replica_states.get("RUNNING", 0) if replicas else 0
         progress(f"engines, {running} of {settings.replicas} up")
-        if status.status.value == "RUNNING" and answers(endpoint(settings)):
+        if status.status.value == "RUNNING" and answers(endpoint(settings), settings.replicas):
             return
         if status.status.value == "DEPLOY_FAILED" or time.monotonic() > deadline:
             reasons = [deployment.message for deployment in status.deployments.values() if deployment.message]

@@ -5,8 +5,9 @@ Labels are `model`, `replica`, `reason` and `class`; never a request, so the num
 the number of replicas. An engine that starts anew starts its counters anew, as Prometheus expects of one.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,8 +19,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from deploy.admission import WAIT_BUCKETS_SECONDS, FleetSnapshot, WaitHistogram
+from deploy.admission import WAIT_BUCKETS_SECONDS, FleetSnapshot
 from deploy.ledger import ReplicaSnapshot
+from triattention.report import COMPACTION_BUCKETS_SECONDS
 
 Kind = Literal["counter", "gauge", "histogram"]
 REPLICA = ("model", "replica")
@@ -58,6 +60,20 @@ PREEMPTIONS = Descriptor(
 PEAK_BLOCKS_PER_REQUEST = Descriptor(
     "triattention_peak_blocks_per_request", "gauge", "Most KV blocks that one request has held.", REPLICA
 )
+UNCOMPRESSED_BLOCKS = Descriptor(
+    "triattention_uncompressed_blocks",
+    "gauge",
+    "KV blocks that the requests in the engine would hold without compaction.",
+    REPLICA,
+)
+COMPACTION_SECONDS = Descriptor(
+    "triattention_compaction_seconds", "histogram", "Time of one compaction: score, select and move.", REPLICA
+)
+STEP_SECONDS = Descriptor(
+    "triattention_step_seconds_total", "counter", "Time in engine steps, compaction included.", REPLICA
+)
+GENERATED_TOKENS = Descriptor("triattention_generated_tokens_total", "counter", "Tokens generated.", REPLICA)
+BLOCK_TOKENS = Descriptor("triattention_block_tokens", "gauge", "Tokens that one KV block holds.", REPLICA)
 BLOCK_BYTES = Descriptor("triattention_block_bytes", "gauge", "Bytes of one KV block, over all layers.", REPLICA)
 
 TOTAL_BLOCKS = Descriptor("trifleet_total_blocks", "gauge", "KV blocks of the replica's pool.", REPLICA)
@@ -123,6 +139,10 @@ _PER_REPLICA: dict[Descriptor, Callable[[ReplicaSnapshot], float]] = {
     STRANDED_SLOTS: lambda replica: replica.engine.stranded_slots,
     PREEMPTIONS: lambda replica: replica.engine.preemptions,
     PEAK_BLOCKS_PER_REQUEST: lambda replica: replica.engine.peak_blocks_per_request,
+    UNCOMPRESSED_BLOCKS: lambda replica: replica.engine.uncompressed_blocks,
+    STEP_SECONDS: lambda replica: replica.engine.step_seconds,
+    GENERATED_TOKENS: lambda replica: replica.engine.generated_tokens,
+    BLOCK_TOKENS: lambda replica: replica.engine.block_size,
     BLOCK_BYTES: lambda replica: replica.engine.bytes_per_block,
     TOTAL_BLOCKS: lambda replica: replica.engine.total_blocks,
     FREE_BLOCKS: lambda replica: replica.engine.free_blocks,
@@ -167,9 +187,18 @@ class FleetCollector(Collector):
         yield _family(PLACEMENTS, placements)
         yield _family(REJECTIONS, (((self._model, reason), n) for reason, n in fleet.rejections.items()))
         yield _family(QUEUE_LENGTH, (((self._model, kind), n) for kind, n in fleet.queue_length.items()))
+        compactions = HistogramMetricFamily(
+            COMPACTION_SECONDS.name, COMPACTION_SECONDS.help, labels=COMPACTION_SECONDS.labels
+        )
+        for r in fleet.replicas:
+            buckets = _buckets(COMPACTION_BUCKETS_SECONDS, r.engine.compaction_counts)
+            compactions.add_metric((self._model, r.replica), buckets, r.engine.compaction_seconds)
+        yield compactions
         waits = HistogramMetricFamily(QUEUE_WAIT.name, QUEUE_WAIT.help, labels=QUEUE_WAIT.labels)
         for kind, histogram in fleet.waits.items():
-            waits.add_metric((self._model, kind), _buckets(histogram), histogram.sum_seconds)
+            waits.add_metric(
+                (self._model, kind), _buckets(WAIT_BUCKETS_SECONDS, histogram.counts), histogram.sum_seconds
+            )
         yield waits
 
 
@@ -188,11 +217,7 @@ def _family(metric: Descriptor, samples: Iterable[tuple[tuple[str, ...], float]]
     return family
 
 
-def _buckets(histogram: WaitHistogram) -> list[tuple[str, float]]:
-    """Prometheus' buckets count everything up to their bound."""
-    bounds = [*(str(bound) for bound in WAIT_BUCKETS_SECONDS), "+Inf"]
-    running, buckets = 0, []
-    for bound, count in zip(bounds, histogram.counts, strict=True):
-        running += count
-        buckets.append((bound, float(running)))
-    return buckets
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Counts per bucket, the last one without bound, as Prometheus has them: everything up to the bound."""
+    names = [*map(str, bounds), "+Inf"]
+    return [(name, float(total)) for name, total in zip(names, accumulate(counts), strict=True)]

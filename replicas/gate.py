@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
@@ -33,10 +34,18 @@ _MISSING = {
 _FIELD = {"chat": "messages", "completion": "prompt"}
 
 
+class Reservations(Protocol):
+    """Who is told when a request of a reservation comes and when it has ended."""
+
+    def begin(self, reservation: str) -> None: ...
+
+    def finish(self, reservation: str) -> None: ...
+
+
 class Gate:
-    def __init__(self, app: ASGIApp, finish: Callable[[str], None], pages: Mapping[str, Page]) -> None:
+    def __init__(self, app: ASGIApp, reservations: Reservations, pages: Mapping[str, Page]) -> None:
         self._app = app
-        self._finish = finish
+        self._reservations = reservations
         self._pages = pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +57,8 @@ class Gate:
             return
         headers = MutableHeaders(scope=scope)
         reservation = headers.get(RESERVATION)
+        if reservation is not None:
+            self._reservations.begin(reservation)
         try:
             if answer := _refusal(scope["path"], headers):
                 await _refuse(answer)(scope, receive, send)
@@ -57,7 +68,7 @@ class Gate:
             await _to_its_end(self._app(scope, receive, send))
         finally:
             if reservation is not None:
-                self._finish(reservation)
+                self._reservations.finish(reservation)
 
 
 async def _to_its_end(request: Awaitable[None]) -> None:

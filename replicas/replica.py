@@ -68,7 +68,7 @@ class Replica:
             "/metrics/engines": Page(PROMETHEUS, self._all_engines_metrics),
             "/fleet": Page("application/json", lambda: self._ask("status")),
         }
-        return Gate(self._engine.app, reporter.finish, pages)
+        return Gate(self._engine.app, reporter, pages)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead: Serve then replaces this replica."""

@@ -33,6 +33,7 @@ class Reporter:
         self._epoch = uuid.uuid4().hex
         self._sequence = 0
         self._engine: dict[str, Any] | None = None
+        self._active: set[str] = set()
         self._finished: list[str] = []
         self._changed = asyncio.Event()
         self._reachable = True
@@ -43,8 +44,14 @@ class Reporter:
             self._engine = engine
             self._changed.set()
 
+    def begin(self, reservation: str) -> None:
+        """The request of this reservation is here: shown in every report, also while it holds no blocks yet."""
+        self._active.add(reservation)
+        self._changed.set()
+
     def finish(self, reservation: str) -> None:
-        """The request of this reservation has ended, in whatever way."""
+        """It has ended, in whatever way."""
+        self._active.discard(reservation)
         self._finished.append(reservation)
         self._changed.set()
 
@@ -69,7 +76,7 @@ class Reporter:
             sequence=self._sequence,
             limits=self._limits,
             engine=engine,
-            held_blocks=held_by_reservation(engine.held_blocks),
+            held_blocks={**dict.fromkeys(self._active, 0), **held_by_reservation(engine.held_blocks)},
             finished=finished,
         )
         try:

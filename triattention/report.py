@@ -5,6 +5,9 @@ from typing import Any
 
 REPORT_KEY = "triattention"
 
+COMPACTION_BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+"""Upper bounds of the compaction-time histogram; one more bucket holds what took longer."""
+
 
 @dataclass(frozen=True)
 class EngineReport:
@@ -25,6 +28,14 @@ class EngineReport:
     stranded_slots: int = 0
     """Live slots lost to alignment after the compactions so far: 0 by construction, reported to prove it."""
     peak_blocks_per_request: int = 0
+    uncompressed_blocks: int = 0
+    """Blocks that the requests which hold any would hold if nothing were ever compacted."""
+    generated_tokens: int = 0
+    step_seconds: float = 0.0
+    """Time spent in engine steps that computed something, compaction included."""
+    compaction_seconds: float = 0.0
+    compaction_counts: tuple[int, ...] = (0,) * (len(COMPACTION_BUCKETS_SECONDS) + 1)
+    """Compactions per bucket of COMPACTION_BUCKETS_SECONDS, each counted once."""
     held_blocks: dict[str, int] = field(default_factory=dict)
     """vLLM's internal request id -> blocks it holds."""
 
@@ -37,4 +48,5 @@ class EngineReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EngineReport":
-        return cls(**values)
+        """From a dict that may have been through msgpack or JSON, which know lists but not tuples."""
+        return cls(**{**values, "compaction_counts": tuple(values["compaction_counts"])})

@@ -17,6 +17,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 1024,
 }  # fmt: skip
+HALF_ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 2048}
 HYBRID = {
     "num_hidden_layers": 4, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -31,8 +32,7 @@ MATRIX: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, group 8, head 96": ("Qwen3", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 96}),
     "qwen3 yarn, group 2, head 256": ("Qwen3", {"head_dim": 256, "rope_parameters": YARN}),
     "mistral, group 2, head 64": ("Mistral", {"head_dim": 64, "sliding_window": None}),
-    "phi3, partial rotary": (
-        "Phi3", {"hidden_size": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "phi3, partial rotary": ("Phi3", {"hidden_size": 256, "rope_parameters": HALF_ROTARY}),
     "gemma2, sliding and full layers": ("Gemma2", HYBRID),
 }  # fmt: skip
 

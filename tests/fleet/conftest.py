@@ -1,5 +1,6 @@
 """One fleet for all tests of this folder: `trifleet up` in a process of its own, as a person starts it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -62,8 +63,8 @@ class RunningFleet:
         return [root, *root.children(recursive=True)]
 
     def stop(self) -> int:
-        """Ctrl-C; the exit code."""
-        self.process.send_signal(signal.SIGINT)
+        """Ctrl-C as a terminal sends it, to the whole process group; the exit code."""
+        os.killpg(self.process.pid, signal.SIGINT)
         return self.process.wait(STOP_SECONDS)
 
 
@@ -83,8 +84,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
             "max_num_seqs": 8,
             "extra": {"enforce_eager": True},
         },
-        "compression": {"budget": 128, "interval": 64, "window": 32},
-        "coordinator": {"queue_length": 4, "queue_deadline_seconds": 20, "stale_report_seconds": 5},
+        "compression": {"budget": 128, "interval": 64, "window": 32, "policy": "random"},
+        "coordinator": {"queue_length": 4, "queue_deadline_seconds": 20, "stale_report_seconds": 5, "lease_seconds": 4},
         "http": {"port": port},
     }
     file = folder / "fleet.yaml"
@@ -92,7 +93,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     log = folder / "up.log"
     with log.open("wb") as out:
         command = [Path(sys.executable).parent / "trifleet", "up", "-f", str(file)]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     running = RunningFleet(process, f"http://127.0.0.1:{port}", log)
     try:
         deadline = time.monotonic() + START_SECONDS

@@ -34,25 +34,38 @@ class Application:
         await send({"type": "http.response.body", "body": b"engine"})
 
 
+class Book:
+    """Which reservations came and ended, in order."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+
+    def begin(self, reservation: str) -> None:
+        self.entries.append(f"begin {reservation}")
+
+    def finish(self, reservation: str) -> None:
+        self.entries.append(f"finish {reservation}")
+
+
 async def ask(gate: Gate, path: str, headers: dict[str, str]) -> httpx.Response:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://replica") as http:
         return await http.post(path, headers=headers, json={})
 
 
 async def test_an_admitted_request_carries_its_reservation_into_vllm_and_ends_once() -> None:
-    application, finished = Application(), list[str]()
+    application, book = Application(), Book()
     reservation = new_reservation()
     headers = {RESERVATION: reservation, "x-request-id": "the-clients"}
-    answer = await ask(Gate(application, finished.append, {}), "/v1/completions", headers)
+    answer = await ask(Gate(application, book, {}), "/v1/completions", headers)
     assert answer.text == "engine"
     assert application.request_ids == [reservation]
-    assert finished == [reservation]
+    assert book.entries == [f"begin {reservation}", f"finish {reservation}"]
 
 
 async def test_a_refused_request_never_reaches_the_engine() -> None:
     application = Application()
     refusal = Answer(429, "TooManyRequestsError", "Full: come back.", retry_after_seconds=7)
-    answer = await ask(Gate(application, print, {}), "/v1/completions", {REFUSAL: refusal.encode()})
+    answer = await ask(Gate(application, Book(), {}), "/v1/completions", {REFUSAL: refusal.encode()})
     assert application.request_ids == []
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "7"
@@ -61,49 +74,50 @@ async def test_a_refused_request_never_reaches_the_engine() -> None:
 
 async def test_a_refusal_is_for_the_openai_endpoints_only() -> None:
     refusal = Answer(400, "BadRequestError", "no prompt").encode()
-    answer = await ask(Gate(Application(), print, {}), "/tokenize", {REFUSAL: refusal})
+    answer = await ask(Gate(Application(), Book(), {}), "/tokenize", {REFUSAL: refusal})
     assert answer.text == "engine"
 
 
 async def test_a_body_of_the_wrong_kind_for_its_path_is_refused_and_its_reservation_ends() -> None:
-    application, finished = Application(), list[str]()
+    application, book = Application(), Book()
     headers = {KIND: "completion", RESERVATION: "rsv1"}
-    answer = await ask(Gate(application, finished.append, {}), "/v1/chat/completions", headers)
+    answer = await ask(Gate(application, book, {}), "/v1/chat/completions", headers)
     assert answer.status_code == 400
     assert "messages is missing" in answer.json()["error"]["message"]
     assert application.request_ids == []
-    assert finished == ["rsv1"]
+    assert book.entries == ["begin rsv1", "finish rsv1"]
 
 
 async def test_a_reservation_ends_when_the_application_fails() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("boom")
 
-    finished: list[str] = []
+    book = Book()
     with pytest.raises(RuntimeError):
-        await ask(Gate(broken, finished.append, {}), "/v1/completions", {RESERVATION: "rsv1"})
-    assert finished == ["rsv1"]
+        await ask(Gate(broken, book, {}), "/v1/completions", {RESERVATION: "rsv1"})
+    assert book.entries == ["begin rsv1", "finish rsv1"]
 
 
 async def test_a_request_that_serve_cancels_sees_the_disconnect_before_it_counts_as_ended() -> None:
-    application, finished = Application(endless=True), list[str]()
+    class Watching(Book):
+        def finish(self, reservation: str) -> None:
+            assert application.saw_disconnect
+            super().finish(reservation)
+
+    application, book = Application(endless=True), Watching()
     gone: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(RESERVATION.encode(), b"rsv1")]}
 
     async def send(message: Any) -> None: ...
 
-    def finish(reservation: str) -> None:
-        assert application.saw_disconnect
-        finished.append(reservation)
-
-    request = asyncio.create_task(Gate(application, finish, {})(scope, gone.get, send))  # type: ignore[arg-type]
+    request = asyncio.create_task(Gate(application, book, {})(scope, gone.get, send))  # type: ignore[arg-type]
     await asyncio.sleep(0)
     # As Serve does it: the message first, then the cancellation.
     gone.put_nowait({"type": "http.disconnect"})
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
-    assert finished == ["rsv1"]
+    assert book.entries == ["begin rsv1", "finish rsv1"]
 
 
 def test_vllms_request_ids_lead_back_to_their_reservation() -> None:
@@ -117,6 +131,25 @@ def test_blocks_of_all_sequences_of_a_request_add_up() -> None:
     one, two = new_reservation(), new_reservation()
     held = {f"0_cmpl-{one}-0-a": 3, f"1_cmpl-{one}-0-b": 4, f"chatcmpl-{two}-c": 5, "first-step-d": 9}
     assert held_by_reservation(held) == {one: 7, two: 5}
+
+
+async def test_a_request_that_waits_in_the_engine_is_shown_with_no_blocks_until_it_ends() -> None:
+    line = Line()
+    reports = reporter(line, heartbeat_seconds=0.1)
+    running = asyncio.create_task(reports.run())
+    reservation = new_reservation()
+    reports.begin(reservation)
+    reports.observe(engine(free=10))
+    await asyncio.sleep(0.03)
+    assert line.reports[-1].held_blocks == {reservation: 0}
+    reports.observe({**engine(free=8), "held_blocks": {f"cmpl-{reservation}-0-a": 2}})
+    await asyncio.sleep(0.15)
+    assert line.reports[-1].held_blocks == {reservation: 2}
+    reports.finish(reservation)
+    reports.observe(engine(free=10))
+    await asyncio.sleep(0.15)
+    assert line.reports[-1].held_blocks == {}
+    running.cancel()
 
 
 class Line:

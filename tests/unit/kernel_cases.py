@@ -1,8 +1,10 @@
 """Caches, requests and query statistics for the kernels' tests, and the score word for word in fp64."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -131,13 +133,14 @@ def worst_score_error(case: Case, scores: torch.Tensor) -> float:
 
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Within, torch.empty returns NaN, and the largest integer: what is not written shows."""
-    settings = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = True
-    try:
+    """Within, torch.empty and empty_like return NaN, or the largest integer: what is not written shows."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_poisoned(*arguments: Any, **keywords: Any) -> torch.Tensor:
+            made = allocate(*arguments, **keywords)
+            return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
+
+        return allocate_poisoned
+
+    with patch.multiple(torch, empty=poisoned(torch.empty), empty_like=poisoned(torch.empty_like)):
         yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        settings.fill_uninitialized_memory = before[1]

@@ -12,6 +12,7 @@ from triattention.kernels import HoleFills, LiveRegion, LiveRegions, PagedCache
 from triattention.selection import select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHES = ((torch.float32, "HND"), (torch.bfloat16, "NHD"), (torch.float16, "NHD"), (torch.float8_e4m3fn, "HND"))
 
 
 @pytest.fixture(autouse=True)
@@ -86,12 +87,11 @@ def check_plan(plan: Callable[[torch.Tensor, LiveRegions, int, bool], HoleFills]
                 assert fills.target[layer, head, part].tolist() == moves.target[mine].tolist() + none
 
 
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), CACHES, ids=str)
 @pytest.mark.parametrize("holes", ["some", "none", "in one block"])
 @pytest.mark.parametrize("shared", [True, False], ids=["per_head", "per_layer_per_head"])
 def test_compaction_fills_holes_bit_for_bit_and_writes_nothing_else(
-    layout: str, dtype: torch.dtype, holes: str, shared: bool
+    dtype: torch.dtype, layout: str, holes: str, shared: bool
 ) -> None:
     case = make_case(dtype, 80, layout=layout, tokens=(48, 75, 33), dead_slots=(16, 32, 16))
     before = Case(case.memory.clone(), case.keys, case.values, case.weights, case.regions)

@@ -8,7 +8,7 @@ import torch
 from tests.unit import interpreted
 from tests.unit.interpreted import Interpret, interpreter
 from tests.unit.kernel_cases import make_case, worst_score_error
-from tests.unit.test_kernels import DTYPES, check_compaction, check_plan, fills_of
+from tests.unit.test_kernels import CACHES, DTYPES, check_compaction, check_plan, fills_of
 
 GROUPS = (1, 2, 4, 8)
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -88,12 +88,11 @@ def test_plan_keeps_what_selection_keeps(interpret: Interpret, shared: bool, at_
     check_plan(lambda *arguments: interpret(interpreted.plan, *arguments, at_once), shared)
 
 
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), CACHES, ids=str)
 @pytest.mark.parametrize("holes", ["some", "none", "in one block"])
 @pytest.mark.parametrize("shared", [True, False], ids=["per_head", "per_layer_per_head"])
 def test_compaction_fills_holes_bit_for_bit_and_writes_nothing_else(
-    interpret: Interpret, layout: str, dtype: torch.dtype, holes: str, shared: bool
+    interpret: Interpret, dtype: torch.dtype, layout: str, holes: str, shared: bool
 ) -> None:
     head_dim = 80 if layout == "NHD" else 128
     case = make_case(dtype, head_dim, layout=layout, tokens=(48, 75, 33), dead_slots=(16, 32, 16))

@@ -26,7 +26,7 @@ from triattention.kernels.vocabulary import HoleFills, LiveRegions, PagedCache, 
 # take little memory beside vLLM's.
 _RAW_BYTES = 32 << 20
 
-# Tokens that a program of the small kernels holds in registers at a time (of one head).
+# Scores that a program of the small kernels holds in registers at a time.
 _SCORES_AT_ONCE = 8192
 _RANKS_AT_ONCE = 4096
 _FILL_TILE = 32
@@ -78,7 +78,6 @@ def score(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, tiling:
     step = min(layers, max(1, _RAW_BYTES // (4 * kv_heads * group * regions.tokens)))
     raw = torch.empty((step, kv_heads, group, regions.tokens), dtype=torch.float32, device=keys.device)
     padded_group = triton.next_power_of_2(group)
-    block = min(_padded_tokens(regions), _SCORES_AT_ONCE // padded_group)
     for first in range(0, layers, step):
         count = min(step, layers - first)
         prepared.launch(raw[:count], first)
@@ -90,7 +89,7 @@ def score(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, tiling:
             KV_HEADS=kv_heads,
             GROUP=group,
             PADDED_GROUP=padded_group,
-            BLOCK=block,
+            BLOCK=_SCORES_AT_ONCE // padded_group,
             num_warps=8,
         )
     return scores
@@ -110,7 +109,7 @@ def plan(scores: Tensor, regions: LiveRegions, window: int, shared: bool) -> Hol
         window,
         regions.tokens,
         regions.fills,
-        BLOCK=min(_padded_tokens(regions), _RANKS_AT_ONCE),
+        BLOCK=_RANKS_AT_ONCE,
         num_warps=8,
     )
     return HoleFills(source, target)
@@ -202,10 +201,6 @@ def _strides(cache: PagedCache) -> tuple[int, int, int, int]:
     return block, head, token, number
 
 
-def _padded_tokens(regions: LiveRegions) -> int:
-    return max(64, int(triton.next_power_of_2(max(region.tokens for region in regions.regions))))
-
-
 def _tiles(first: np.ndarray, size: int, device: torch.device) -> Tensor:
     """Cuts every request's part into tiles of at most `size`: int32 [tiles, 2] of request and start within it."""
     counts = -(-np.diff(first) // size)
@@ -214,7 +209,15 @@ def _tiles(first: np.ndarray, size: int, device: torch.device) -> Tensor:
     return to_device(np.stack([request, number * size], axis=1), device)
 
 
-@triton.jit
+# What changes from launch to launch must not be part of what is compiled: an engine would stop for seconds when a
+# step brings a number that divides by 16 for the first time.
+_per_launch = triton.jit(
+    do_not_specialize=["total_tokens", "total_fills", "first_layer", "layer_stride", "window"],
+    do_not_specialize_on_alignment=["block_ids", "requests", "tiles", "rotations", "scores", "source", "target"],
+)
+
+
+@_per_launch
 def _raw_scores_kernel(
     key_addresses,
     block_stride,
@@ -346,7 +349,7 @@ def _column_terms(weights, term):
     return tl.where(term == 0, first, tl.where(term == 1, second, later)).to(tl.bfloat16)
 
 
-@triton.jit
+@_per_launch
 def _standardise_kernel(
     raw,
     scores,
@@ -397,7 +400,7 @@ def _standardise_kernel(
         tl.store(scores + row.to(tl.int64) * total_tokens + first_token + at, best, mask=at < tokens)
 
 
-@triton.jit
+@_per_launch
 def _plan_kernel(scores, source, target, requests, window, total_tokens, total_fills, BLOCK: tl.constexpr):
     """One request and set: finds the lowest kept score by bisection over its bits, then lists sources and holes."""
     row = tl.program_id(0).to(tl.int64)
@@ -459,7 +462,7 @@ def _old_ranks(scores, slot, old):
     return tl.where(slot < old, tl.where(bits >= 2147483648, ~bits, bits | 2147483648), 0)
 
 
-@triton.jit
+@_per_launch
 def _compact_kernel(
     key_addresses,
     value_addresses,

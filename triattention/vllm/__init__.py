@@ -17,8 +17,9 @@ def register() -> None:
 def engine_arguments(config: CompressionConfig | None) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs` or `AsyncEngineArgs`.
 
-    With None nothing is compacted, and the scheduler only sends the reports that `EngineReportLogger` receives:
-    an engine that is given these arguments needs that logger, because vLLM's own loggers stumble over the reports.
+    With None nothing is compacted, and the scheduler only sends its reports. An `EngineReport` reaches the front end as
+    a dict in `SchedulerStats.kv_connector_stats[REPORT_KEY]`, for a custom `StatLogger` to take. vLLM's own console
+    logger would read it as a KV connector's, so such an engine needs `disable_log_stats`.
     """
     arguments: dict[str, Any] = {
         "scheduler_cls": "triattention.vllm.scheduler.CompactionScheduler",

@@ -1,10 +1,14 @@
-"""The message from scheduler to workers: compactions to carry out before this step writes anything."""
+"""The messages between scheduler and workers: compactions to carry out before a step writes anything, and how long
+they took. Both travel as attributes of vLLM's own step messages, which are pickled whole.
+"""
 
 from dataclasses import dataclass
 
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 
-_ATTRIBUTE = "compaction_orders"
+_ORDERS = "compaction_orders"
+_SECONDS = "compaction_seconds"
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,20 @@ class CompactionOrder:
 
 
 def attach_orders(output: SchedulerOutput, orders: list[CompactionOrder]) -> None:
-    """SchedulerOutput travels to the workers by pickle, so a plain attribute goes with it."""
-    setattr(output, _ATTRIBUTE, orders)
+    setattr(output, _ORDERS, orders)
 
 
 def orders_of(output: SchedulerOutput) -> list[CompactionOrder]:
-    orders: list[CompactionOrder] = getattr(output, _ATTRIBUTE)
+    orders: list[CompactionOrder] = getattr(output, _ORDERS)
     return orders
+
+
+def attach_seconds(output: ModelRunnerOutput, seconds: list[float]) -> None:
+    """How long each compaction since the last output took on this worker."""
+    setattr(output, _SECONDS, seconds)
+
+
+def seconds_of(output: ModelRunnerOutput) -> list[float]:
+    """Empty for outputs of steps without any, and of workers that do not time them."""
+    seconds: list[float] = vars(output).get(_SECONDS, [])
+    return seconds

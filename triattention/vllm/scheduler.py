@@ -1,6 +1,7 @@
 """vLLM's scheduler plus three things: orders to the workers, refusal of what can never fit, capacity reports."""
 
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from typing import Any
 
@@ -12,9 +13,10 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from triattention.report import REPORT_KEY, EngineReport
+from triattention.bounds import cdiv
+from triattention.report import COMPACTION_BUCKETS_SECONDS, REPORT_KEY, EngineReport
 from triattention.vllm.kv_manager import CompactedAttentionManager
-from triattention.vllm.orders import CompactionOrder, attach_orders
+from triattention.vllm.orders import CompactionOrder, attach_orders, seconds_of
 from triattention.vllm.support import check_supported, compression_config, sends_reports
 
 logger = init_logger(__name__)
@@ -44,6 +46,11 @@ class CompactionScheduler(AsyncScheduler):
         self.refused: list[Request] = []
         self.preemptions = 0
         self.peak_blocks_per_request = 0
+        self.generated_tokens = 0
+        self.step_seconds = 0.0
+        self.compaction_seconds = 0.0
+        self.compaction_counts = [0] * (len(COMPACTION_BUCKETS_SECONDS) + 1)
+        self.last_update = self.last_idle = time.monotonic()
         self.last_report = float("-inf")
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -56,6 +63,8 @@ class CompactionScheduler(AsyncScheduler):
         return output
 
     def add_request(self, request: Request) -> None:
+        if not self.requests:
+            self.last_idle = time.monotonic()
         super().add_request(request)
         needed = sum(manager.bound(request) for manager in self.compacted)
         if needed > self.total_blocks:
@@ -70,6 +79,7 @@ class CompactionScheduler(AsyncScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Also ends the refused requests. An engine step follows every arrival, so this is at once."""
+        self._measure(scheduler_output, model_runner_output)
         refused, self.refused = self.refused, []
         endings: defaultdict[int, list[EngineCoreOutput]] = defaultdict(list)
         for request in refused:
@@ -90,12 +100,23 @@ class CompactionScheduler(AsyncScheduler):
                 outputs[client] = EngineCoreOutputs(outputs=ended)
         return outputs
 
+    def _measure(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:
+        """Steps follow each other without a pause while there is work, so a step's time is that since the last."""
+        now = time.monotonic()
+        if scheduler_output.total_num_scheduled_tokens > 0:
+            self.step_seconds += now - max(self.last_update, self.last_idle)
+            self.generated_tokens += sum(len(tokens) for tokens in model_runner_output.sampled_token_ids)
+        self.last_update = now
+        for seconds in seconds_of(model_runner_output):
+            self.compaction_seconds += seconds
+            self.compaction_counts[bisect_left(COMPACTION_BUCKETS_SECONDS, seconds)] += 1
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.preemptions += 1
         super()._preempt_request(request, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Carries the report in the free-form connector dict; `EngineReportLogger` takes it out again."""
+        """Carries the report in the free-form connector dict, for a custom StatLogger of the front end."""
         stats = super().make_stats(*args, **kwargs)
         if stats is None or not self.sends_reports:
             return stats
@@ -138,5 +159,12 @@ class CompactionScheduler(AsyncScheduler):
             evicted_tokens=sum(manager.evicted_tokens for manager in self.compacted),
             stranded_slots=sum(manager.stranded_slots for manager in self.compacted),
             peak_blocks_per_request=self.peak_blocks_per_request,
+            uncompressed_blocks=sum(
+                cdiv(self.requests[request_id].num_computed_tokens, self.block_size) for request_id in held
+            ),
+            generated_tokens=self.generated_tokens,
+            step_seconds=self.step_seconds,
+            compaction_seconds=self.compaction_seconds,
+            compaction_counts=tuple(self.compaction_counts),
             held_blocks=held,
         )

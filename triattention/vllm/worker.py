@@ -1,5 +1,6 @@
 """The worker: swaps the compacted KV-cache spec in, and carries out compaction orders before each step."""
 
+import time
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from triattention.compaction import hole_fills
@@ -18,7 +20,7 @@ from triattention.rope import RopeParameters
 from triattention.selection import select
 from triattention.vllm.kv_manager import CompactedAttentionSpec
 from triattention.vllm.layout import PagedTokens, detect_layout, split_cpu_cache
-from triattention.vllm.orders import CompactionOrder, orders_of
+from triattention.vllm.orders import CompactionOrder, attach_seconds, orders_of
 from triattention.vllm.support import check_supported, compression_config
 
 
@@ -97,6 +99,7 @@ class CompactionWorker(CPUWorker):
             )
         self.compression = config
         self.compactors: dict[int, Compactor] = {}
+        self.seconds: list[float] = []
         register_backend(AttentionBackendEnum.CPU_ATTN, "triattention.vllm.attention.CompactedCPUAttentionBackend")
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -134,9 +137,21 @@ class CompactionWorker(CPUWorker):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         for order in orders_of(scheduler_output):
+            start = time.perf_counter()
             self.compactors[order.group].carry_out(order)
             self._null_dead_blocks(order)
-        return super().execute_model(scheduler_output)
+            self.seconds.append(time.perf_counter() - start)
+        return self._timed(super().execute_model(scheduler_output))
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        return self._timed(super().sample_tokens(*args, **kwargs))
+
+    def _timed(self, output: Any) -> Any:
+        """Send the compactions' times along with the step's result, whichever call returns it."""
+        if self.seconds and type(output) is ModelRunnerOutput:
+            attach_seconds(output, self.seconds)
+            self.seconds = []
+        return output
 
     def _null_dead_blocks(self, order: CompactionOrder) -> None:
         """Mirror in the worker's own tables what the manager did in the scheduler's."""

@@ -1,0 +1,67 @@
+"""What we rely on in vLLM's internals. An upgrade of the pin fails here first, by the name of what moved."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import vllm
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+SURFACE: list[tuple[Callable[..., Any], list[str]]] = [
+    (FullAttentionManager.remove_skipped_blocks, ["request_id", "processed_computed_tokens", "num_prompt_tokens"]),
+    (FullAttentionManager.cache_blocks, ["request", "num_tokens", "retention_interval", "replay_boundaries"]),
+    (FullAttentionManager.pop_blocks_for_free, ["request_id"]),
+    (FullAttentionManager._remove_blocks_in_range, ["request_id", "first_block", "last_block"]),
+    (
+        FullAttentionManager.get_num_blocks_to_allocate,
+        [
+            "request_id", "num_tokens", "new_computed_blocks", "total_computed_tokens", "num_local_computed_tokens",
+            "num_tokens_main_model", "apply_admission_cap", "prefill_end",
+        ],
+    ),
+    (BlockPool._maybe_evict_cached_block, ["block"]),
+    (BlockPool.get_num_free_blocks, []),
+    (FullAttentionSpec.merge, ["specs"]),
+    (FullAttentionSpec.max_memory_usage_bytes, ["vllm_config"]),
+    (KVCacheSpecRegistry.register, ["kvcache_spec_cls", "manager_class", "uniform_type_base_spec"]),
+    (KVCacheSpecRegistry._ensure_registered, ["vllm_config"]),
+    (AsyncScheduler.add_request, ["request"]),
+    (AsyncScheduler.update_from_output, ["scheduler_output", "model_runner_output"]),
+    (AsyncScheduler._preempt_request, ["request", "timestamp", "drop_stale_output"]),
+    (CPUWorker.get_kv_cache_spec, []),
+    (CPUWorker.initialize_from_config, ["kv_cache_config"]),
+    (CPUWorker.execute_model, ["scheduler_output"]),
+    (CPUAttentionMetadataBuilder.build, ["common_prefix_len", "common_attn_metadata", "fast_build"]),
+    (CPUAttentionBackendImpl.do_kv_cache_update, ["layer", "key", "value", "kv_cache", "slot_mapping"]),
+]  # fmt: skip
+
+
+def test_the_pinned_vllm_is_installed() -> None:
+    assert vllm.__version__ == "0.32.0"
+
+
+@pytest.mark.parametrize(("function", "parameters"), SURFACE, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_signatures_are_the_ones_we_override_or_call(function: Callable[..., Any], parameters: list[str]) -> None:
+    found = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+    assert found == parameters
+
+
+def test_blocks_are_removed_before_they_are_allocated_on_the_processed_token_basis() -> None:
+    """The order in `allocate_slots` that compaction stands on: remove, then count, allocate and publish."""
+    source = inspect.getsource(KVCacheManager.allocate_slots)
+    steps = [
+        "self.coordinator.remove_skipped_blocks(",
+        "num_in_flight_tokens",
+        ".allocate_new_blocks(",
+        ".cache_blocks(",
+    ]
+    positions = [source.index(step) for step in steps]
+    assert positions == sorted(positions)
