@@ -71,9 +71,11 @@ class Replica:
         return Gate(self._engine.app, reporter, pages)
 
     async def check_health(self) -> None:
-        """Raises if the engine is dead: Serve then replaces this replica."""
+        """Raises if the engine is dead or nothing is reported any more: Serve then replaces this replica."""
         if self._engine is not None:
             self._engine.check()
+        if self._reports is not None and self._reports.done():
+            self._reports.result()
 
     async def __del__(self) -> None:
         if self._reports is not None:

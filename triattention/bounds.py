@@ -26,6 +26,6 @@ def blocks_bound(
     whole = cdiv(total_tokens, block_size)
     if config is None:
         return whole
-    pinned = cdiv(prompt_tokens, block_size) if config.prompt == "pin" else 0
+    pinned = cdiv(config.pinned_tokens(prompt_tokens), block_size)
     live = config.budget + max(config.interval, block_size) - 1 + in_flight_tokens
     return min(whole, pinned + cdiv(live, block_size))

@@ -22,6 +22,9 @@ class CompressionConfig(BaseModel):
     prompt: Literal["pin", "compress"] = Field(
         "pin", description="pin: prompt blocks are never compacted; compress: they are, at chunk boundaries"
     )
+    sinks: int = Field(
+        0, ge=0, description="first tokens of the sequence that are never evicted, also with prompt: compress"
+    )
     selection: Selection = Field(
         "per_head",
         description="per_head: a head's kept set is shared by all layers; per_layer_per_head: it is not",
@@ -32,6 +35,10 @@ class CompressionConfig(BaseModel):
     )
     policy: str = Field("triattention", description="name of a registered scoring policy")
     statistics: Path | None = Field(None, description="calibrated query statistics (safetensors) of the model")
+
+    def pinned_tokens(self, prompt_tokens: int) -> int:
+        """Tokens at the start of a sequence that are never compacted; the block in which they end is not either."""
+        return max(self.sinks, prompt_tokens if self.prompt == "pin" else 0)
 
     @model_validator(mode="after")
     def _check(self) -> "CompressionConfig":

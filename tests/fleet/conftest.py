@@ -1,5 +1,6 @@
 """One fleet for all tests of this folder: `trifleet up` in a process of its own, as a person starts it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+import bundled
 from deploy.haproxy import free_ports
 
 MODEL = "tiny-walker"
 MAX_MODEL_LEN = 2048
+BLOCKS = 97  # per replica, the null block among them
 START_SECONDS = 400
 STOP_SECONDS = 60
 
@@ -68,6 +71,14 @@ class RunningFleet:
         return self.process.wait(STOP_SECONDS)
 
 
+def bytes_per_block(tokens: int) -> int:
+    """Keys and values of one KV block of the bundled model, over all layers."""
+    config = json.loads((bundled.MODEL / "config.json").read_text())
+    bytes_per_value = {"float32": 4, "bfloat16": 2, "float16": 2}[config["dtype"]]
+    values = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"]
+    return tokens * values * bytes_per_value
+
+
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     (port,) = free_ports(1)
@@ -80,7 +91,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
         "engine": {
             "max_model_len": MAX_MODEL_LEN,
             "block_size": 32,
-            "kv_cache_memory_bytes": 3 * 1024 * 1024,
+            "kv_cache_memory_bytes": BLOCKS * bytes_per_block(32),
             "max_num_seqs": 8,
             "extra": {"enforce_eager": True},
         },

@@ -12,6 +12,7 @@ from replicas.gate import Gate
 from replicas.headers import KIND, REFUSAL, RESERVATION, Answer, new_reservation, reservation_of
 from replicas.messages import CapacityReport, ReplicaLimits
 from replicas.reporter import SHORTEST_INTERVAL_SECONDS, Reporter, held_by_reservation
+from triattention.report import EngineReport
 
 
 class Application:
@@ -142,7 +143,7 @@ async def test_a_request_that_waits_in_the_engine_is_shown_with_no_blocks_until_
     reports.observe(engine(free=10))
     await asyncio.sleep(0.03)
     assert line.reports[-1].held_blocks == {reservation: 0}
-    reports.observe({**engine(free=8), "held_blocks": {f"cmpl-{reservation}-0-a": 2}})
+    reports.observe(engine(free=8, held_blocks={f"cmpl-{reservation}-0-a": 2}))
     await asyncio.sleep(0.15)
     assert line.reports[-1].held_blocks == {reservation: 2}
     reports.finish(reservation)
@@ -165,16 +166,18 @@ class Line:
         self.reports.append(report)
 
 
-def engine(free: int) -> dict[str, Any]:
-    return {
-        "block_size": 32,
-        "bytes_per_block": 1,
-        "total_blocks": 10,
-        "free_blocks": free,
-        "running": 0,
-        "waiting": 0,
-        "in_flight_tokens": 1,
-    }
+def engine(free: int, **more: Any) -> dict[str, Any]:
+    report = EngineReport(
+        block_size=32,
+        bytes_per_block=1,
+        total_blocks=10,
+        free_blocks=free,
+        running=0,
+        waiting=0,
+        in_flight_tokens=1,
+        **more,
+    )
+    return report.to_dict()
 
 
 def reporter(line: Line, heartbeat_seconds: float = 60.0) -> Reporter:

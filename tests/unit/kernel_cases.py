@@ -101,7 +101,7 @@ def raw_scores_fp64(case: Case, request: int) -> torch.Tensor:
     weights, region = case.weights, case.regions.regions[request]
     real, imag = band_numbers(weights, case.keys.head_dim)
     ids = torch.tensor(region.block_ids)
-    keys = torch.stack([case.keys.gather(layer, ids, region.tokens) for layer in range(len(case.keys.layers))])
+    keys = case.keys.gather(ids, region.tokens)
     k = torch.complex(keys.double()[..., real], keys.double()[..., imag])[:, :, None]
     query = torch.complex(weights.mean_real.double(), weights.mean_imag.double())[:, :, :, None]
     norm = (weights.spread.double()[:, :, :, None] * k.abs()).sum(-1)

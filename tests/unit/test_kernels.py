@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tests.unit.kernel_cases import Case, make_case, poisoned_outputs, worst_score_error
+from tests.unit.tiny_models import random_statistics, yarn
 from triattention import kernels
 from triattention.compaction import hole_fills
-from triattention.kernels import HoleFills, LiveRegion, LiveRegions, PagedCache
+from triattention.kernels import HoleFills, LiveRegion, LiveRegions, PagedCache, QueryWeights
+from triattention.scoring import Scorer, mean_rotation
 from triattention.selection import select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,6 +55,24 @@ def _tiled(layer: torch.Tensor) -> torch.Tensor:
     blocks, heads, size, _, dim, _ = layer.shape
     tiles = layer.reshape(blocks, heads, size // 16, 16, dim // 2, 2)
     return tiles.permute(0, 1, 2, 4, 3, 5).contiguous().permute(0, 1, 2, 4, 3, 5)
+
+
+def test_scores_are_those_of_the_scorer() -> None:
+    statistics = random_statistics(yarn(head_dim=64))
+    case = make_case(layers=3, head_dim=64, group=2, tokens=(75,))
+    scorer = Scorer(statistics, range(3), range(2))
+    weights = QueryWeights(
+        mean_real=scorer.query_mean.real,
+        mean_imag=scorer.query_mean.imag,
+        spread=scorer.spread,
+        frequencies=scorer.frequencies,
+        offset_mean=mean_rotation(scorer.frequencies, 0),
+        rotary_dim=scorer.rope.rotary_dim,
+        interleaved=scorer.rope.style == "gptj",
+    )
+    [region] = case.regions.regions
+    expected = scorer.score(case.keys.gather(torch.tensor(region.block_ids), 75), region.position)
+    torch.testing.assert_close(kernels.score(case.keys, weights, case.regions), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["per_head", "per_layer_per_head"])
@@ -151,9 +171,8 @@ def test_compaction_of_tiled_layouts_moves_whole_tokens() -> None:
     kernels.compact(keys, values, case.regions, fills)
     kernels.compact(case.keys, case.values, case.regions, fills)
     ids = torch.tensor(case.regions.regions[0].block_ids)
-    for layer in range(2):
-        assert torch.equal(keys.gather(layer, ids, 96), case.keys.gather(layer, ids, 96))
-        assert torch.equal(values.gather(layer, ids, 96), case.values.gather(layer, ids, 96))
+    assert torch.equal(keys.gather(ids, 96), case.keys.gather(ids, 96))
+    assert torch.equal(values.gather(ids, 96), case.values.gather(ids, 96))
 
 
 def test_layers_that_lie_differently_are_refused() -> None:

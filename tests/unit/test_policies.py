@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from tests.unit.tiny_models import qwen3, random_statistics
+from triattention.compaction import hole_fills
 from triattention.config import CompressionConfig
 from triattention.policies import Policy, PolicyContext, create_policy, policy_names, register
 from triattention.policies.base import _factories
 from triattention.policies.random import Random
 from triattention.rope import RopeParameters
 from triattention.scoring import Scorer
+from triattention.selection import select
 
 MODEL = qwen3(num_attention_heads=8, num_key_value_heads=4)
 
@@ -54,7 +56,7 @@ def registry() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["triattention", "random", "key_norm", "keydiff"])
+@pytest.mark.parametrize("name", ["triattention", "random", "streaming", "key_norm", "keydiff"])
 def test_every_policy_returns_finite_fp32_scores(name: str, dtype: torch.dtype, statistics: Path) -> None:
     assert name in policy_names()
     keys = random_keys().to(dtype)
@@ -66,7 +68,7 @@ def test_every_policy_returns_finite_fp32_scores(name: str, dtype: torch.dtype, 
     assert torch.equal(keys, before)
 
 
-@pytest.mark.parametrize("name", ["triattention", "random", "key_norm", "keydiff"])
+@pytest.mark.parametrize("name", ["triattention", "random", "streaming", "key_norm", "keydiff"])
 def test_every_policy_scores_a_rank_as_it_scores_the_whole(name: str, statistics: Path) -> None:
     keys = random_keys()
     whole = create_policy(config(name, statistics), context()).score(keys, 1000)
@@ -173,10 +175,17 @@ def test_a_policy_of_an_installed_package_is_found_without_an_import(
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r'policy is "h2o".*key_norm, keydiff, random, triattention'):
+    with pytest.raises(ValueError, match=r'policy is "h2o".*key_norm, keydiff, random, streaming, triattention'):
         create_policy(config("h2o"), context())
 
 
 def test_a_context_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="must name some of the 4 KV heads"):
         context(kv_heads=range(3, 5))
+
+
+def test_streaming_keeps_exactly_the_slots_that_survive_the_cut() -> None:
+    scores = create_policy(config("streaming"), context()).score(random_keys(), 40)
+    kept = select(scores, keep=24, window=4, selection="per_head")
+    assert kept[..., 16:].all()
+    assert hole_fills(kept, dead_slots=16).source.numel() == 0

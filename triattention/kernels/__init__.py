@@ -14,7 +14,17 @@ from torch import Tensor
 from triattention.kernels import with_torch
 from triattention.kernels.vocabulary import HoleFills, LiveRegion, LiveRegions, PagedCache, QueryWeights
 
-__all__ = ["HoleFills", "LiveRegion", "LiveRegions", "PagedCache", "QueryWeights", "compact", "plan", "score"]
+__all__ = [
+    "HoleFills",
+    "LiveRegion",
+    "LiveRegions",
+    "PagedCache",
+    "QueryWeights",
+    "compact",
+    "plan",
+    "raw_scores",
+    "score",
+]
 
 
 def score(keys: PagedCache, weights: QueryWeights, regions: LiveRegions) -> Tensor:
@@ -24,6 +34,11 @@ def score(keys: PagedCache, weights: QueryWeights, regions: LiveRegions) -> Tens
     r's part. `keys` may be of any float dtype; scales of quantised caches cancel in the z-scores.
     """
     return _path(keys.device.type).score(keys, weights, regions)
+
+
+def raw_scores(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, layers: range) -> Tensor:
+    """Before z-scores and maximum: fp32 [layers, kv_heads, group, tokens of all requests], of some layers."""
+    return _path(keys.device.type).raw_scores(keys, weights, regions, layers)
 
 
 def plan(scores: Tensor, regions: LiveRegions, window: int, shared: bool) -> HoleFills:

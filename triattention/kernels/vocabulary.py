@@ -74,11 +74,22 @@ class PagedCache:
         """Bytes, a power of two up to 16, that all addresses are a multiple of."""
         return math.gcd(16, *(v.data_ptr() for v in self.layers))
 
-    def gather(self, layer: int, block_ids: Tensor, tokens: int) -> Tensor:
-        """The first `tokens` tokens of the blocks, in slot order: [kv_heads, tokens, head_dim], a copy."""
-        blocks = self.layers[layer][block_ids]
-        n, heads, t1, t2, d1, d2 = blocks.shape
-        return blocks.transpose(0, 1).reshape(heads, n * t1 * t2, d1 * d2)[:, :tokens]
+    def read(self, layer: int, block_ids: Tensor, into: Tensor) -> None:
+        """All tokens of the blocks in slot order, into [kv_heads, blocks * block_size, head_dim] of any dtype."""
+        blocks = self.layers[layer][block_ids].transpose(0, 1)
+        into.view(blocks.shape).copy_(blocks)
+
+    def gather(self, block_ids: Tensor, tokens: int) -> Tensor:
+        """The first `tokens` tokens of the blocks in all layers: [layers, kv_heads, tokens, head_dim], a copy.
+
+        What policies other than TriAttention score.
+        """
+        slots = len(block_ids) * self.block_size
+        shape = (len(self.layers), self.kv_heads, slots, self.head_dim)
+        gathered = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for layer in range(len(self.layers)):
+            self.read(layer, block_ids, gathered[layer])
+        return gathered[:, :, :tokens]
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,18 @@ def raw_scores(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, la
     )
     for request, region in enumerate(regions.regions):
         block_ids = regions.blocks_of(request)
-        turned = as_heads(means * rotations[request], weights)
+        turned = as_heads(means * rotations[request], weights).transpose(-1, -2)
+        spread = weights.spread.transpose(-1, -2)
+        # The same memory for every layer: fresh pages cost more than the arithmetic.
+        slots = len(block_ids) * regions.block_size
+        numbers = torch.empty((keys.kv_heads, slots, keys.head_dim), dtype=torch.float32, device=keys.device)
+        magnitude = torch.empty((keys.kv_heads, region.tokens, weights.bands), dtype=torch.float32, device=keys.device)
         for row, layer in enumerate(layers):
-            tokens = keys.gather(layer, block_ids, region.tokens).float()
-            real, imag = split(tokens, weights)
-            magnitude = (real.square() + imag.square()).sqrt_()
-            part = turned[layer] @ tokens.transpose(-1, -2)
-            part += weights.spread[layer] @ magnitude.transpose(-1, -2)
-            scores[row, :, :, regions.token_slice(request)] = part
+            keys.read(layer, block_ids, numbers)
+            tokens = numbers[:, : region.tokens]
+            torch.hypot(*split(tokens, weights), out=magnitude)
+            part = torch.baddbmm(magnitude @ spread[layer], tokens, turned[layer])
+            scores[row, :, :, regions.token_slice(request)] = part.transpose(-1, -2)
     return scores
 
 

@@ -89,7 +89,7 @@ class CompactedAttentionManager(FullAttentionManager):
         self.stranded_slots = 0
 
     def pinned_blocks(self, prompt_tokens: int) -> int:
-        return cdiv(prompt_tokens, self.block_size) if self.config.prompt == "pin" else 0
+        return cdiv(self.config.pinned_tokens(prompt_tokens), self.block_size)
 
     def held_blocks(self, request_id: str) -> int:
         blocks = len(self.req_to_blocks.get(request_id, ()))
