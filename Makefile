@@ -12,7 +12,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $$(wc -l < requirements/cpu.txt) pinned packages into $(VENV) (about two minutes) ..."
-	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile $(PIP_ARGS) -r requirements/cpu.txt || { \
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) -r requirements/cpu.txt || { \
 	  echo "make setup: pip could not install requirements/cpu.txt; if it found no torch==2.13.0+cpu, your package index carries no CPU build of PyTorch: name one that does, with make setup PIP_ARGS='--extra-index-url URL'." >&2; exit 1; }
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -18,8 +19,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bundled import tasks, tokenizer
 
-SMALL_UNTIL, GROWN_FROM, STEPS = 1_000, 1_500, 3_000
-"""Steps of training: small tables up to the first, then they grow up to the second, then the task's full sizes."""
+GROWING, SMALL, STEPS = 1_200, 1_700, 3_700
+"""Steps of training: tables grow up to the first, are small up to the second, then have all sizes."""
 MATRIX_RATE = 0.02
 """Learning rate of the layers' matrices, by Muon: lookups in the prompt form about ten times sooner than with Adam."""
 OTHER_RATE = 3e-3
@@ -119,28 +120,40 @@ class Samples:
     def batch(self, number: int) -> list[Sample]:
         """Batch `number` of the curriculum.
 
-        At first tables have at most 5 entries and walks hardly more than a lap: lookups in the prompt form
-        there, because nothing can be copied from an earlier lap.
+        First the tables grow: counting, totals and the lookup of the next symbol form. Then come walks of one
+        lap over at most 5 entries: there nothing can be copied from an earlier lap, so that the lookup of the
+        gain in the prompt forms too. Then walks of all kinds, every sixth batch a long one.
         """
         random = Random(f"training batch {number}")
-        grown = min(1.0, max(0.0, (number - SMALL_UNTIL) / (GROWN_FROM - SMALL_UNTIL)))
-        table = round(5 + (tasks.LARGEST_TABLE - 5) * grown)
-        if grown == 1.0 and number % 6 == 0:
+        if number < GROWING:
+            make = partial(self._any, random, grown=0.2 + 0.8 * number / GROWING)
+        elif number < SMALL:
+            make = partial(self._one_small_lap, random)
+        elif number % 6 == 0:
             steps = random.randint(tasks.LAST_STEP // 3, tasks.LAST_STEP)
-            return [self.whole(random, steps, random.randint(4, table))]
+            return [self.whole(random, steps, random.randint(4, tasks.LARGEST_TABLE))]
+        else:
+            make = partial(self._any, random, grown=1.0)
         samples: list[Sample] = []
         while sum(len(sample.tokens) for sample in samples) < BATCH_TOKENS:
-            kind = random.random()
-            size = random.randint(2, table)
-            if kind < 0.1:
-                samples.append(self.chat(random))
-            elif kind < 0.5 or grown == 0.0:
-                steps = random.randint(1, size + 2)
-                samples.append(self.whole(random, steps, size, random.randint(1, tasks.LAST_STEP - steps + 1)))
-            else:
-                shown = random.randint(4, 24)
-                samples.append(self.window(random, random.randint(shown, tasks.LAST_STEP), size, shown))
+            samples.append(make())
         return samples
+
+    def _one_small_lap(self, random: Random) -> Sample:
+        size = random.randint(2, 5)
+        return self.whole(random, size, size, random.randint(1, tasks.LAST_STEP - size + 1))
+
+    def _any(self, random: Random, grown: float) -> Sample:
+        """Chat, a whole walk, or a window of one; `grown` is the share of the full sizes."""
+        kind = random.random()
+        size = random.randint(2, round(tasks.LARGEST_TABLE * grown))
+        if kind < 0.1:
+            return self.chat(random)
+        if kind < 0.5:
+            steps = random.randint(1, round(32 * grown))
+            return self.whole(random, steps, size, random.randint(1, tasks.LAST_STEP - steps + 1))
+        shown = round(24 * grown)
+        return self.window(random, random.randint(shown, tasks.LAST_STEP), size, shown)
 
 
 def _tensors(samples: list[Sample], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -169,8 +182,8 @@ def _loss(model: Qwen3ForCausalLM, samples: list[Sample]) -> torch.Tensor:
 
 
 def _rate(step: int) -> float:
-    """Share of the full learning rates: warm-up over 50 steps, then full, then down to 2 % over the last two fifths."""
-    return min(1.0, (step + 1) / 50, 0.02 + 2.45 * (1 - step / STEPS))
+    """Share of the full learning rates: warm-up over 50 steps, then full, then down to 2 % over the last third."""
+    return min(1.0, (step + 1) / 50, 0.02 + 2.94 * (1 - step / STEPS))
 
 
 def export(weights: dict[str, torch.Tensor], config: Qwen3Config, out: Path) -> None:

@@ -77,17 +77,25 @@ def answers(url: str, replicas: int = 1) -> bool:
 
 
 def _start_ray(settings: FleetSettings) -> None:
+    """Ray's node gives up when its agents take longer than 15 s to import, as on a busy machine: then once more."""
     import ray
 
-    ray.init(
-        address="local",
-        _node_ip_address="127.0.0.1",  # Ray's own ports stay on the loopback
-        num_cpus=max(os.cpu_count() or 1, int(settings.cpus_per_replica * settings.replicas) + 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=128 * 1024 * 1024,
-    )
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",  # Ray's own ports stay on the loopback
+                num_cpus=max(os.cpu_count() or 1, int(settings.cpus_per_replica * settings.replicas) + 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=128 * 1024 * 1024,
+            )
+            return
+        except Exception as error:  # a bare Exception is what Ray raises here
+            ray.shutdown()
+            if attempt == 2:
+                raise FleetError(f"Ray did not start on this machine, tried twice: {error}") from None
 
 
 def _start_serve(settings: FleetSettings, progress: Progress) -> None:

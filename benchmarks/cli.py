@@ -1,0 +1,69 @@
+"""`trifleet bench`: each command measures one thing, prints a table and, with --json, writes the figures."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Measure what the README states.", no_args_is_help=True)
+
+Json = Annotated[Path | None, typer.Option("--json", help="file for the figures")]
+
+
+@app.command()
+def compaction(json_path: Json = None) -> None:
+    """One compaction at Qwen3-8B's sizes: bytes moved and read, seconds against a plain copy, error of the scores."""
+    from benchmarks.compaction import bench_compaction
+
+    figures = bench_compaction()
+    table = Table(title=f"One compaction, {figures['live']} tokens to {figures['budget']}, on {figures['device']}")
+    for heading in ("", "bytes", "seconds", "a copy of the bytes", "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, size, copy in (("score", "score_bytes_read", "score_bytes"), ("compact", "bytes_moved", "moved_bytes")):
+        table.add_row(
+            name,
+            f"{figures[size]:,}",
+            f"{figures[f'seconds_{name}']:.6f}",
+            f"{figures[f'seconds_copy_of_{copy}']:.6f}",
+            f"{figures[f'{name}_over_copy']:.2f}",
+        )
+    table.add_row("plan", "", f"{figures['seconds_plan']:.6f}", "", "")
+    table.add_row("a full slide would move", f"{figures['bytes_moved_full_slide']:,}", "", "", "")
+    table.caption = (
+        f"{figures['bytes_moved_ratio']:.1f} times fewer bytes than a full slide; largest error of the scores "
+        f"{figures['collapsed_vs_17_offsets_max_relative_error']:.1e} of the head's largest"
+    )
+    _report(table, figures, json_path)
+
+
+@app.command()
+def eviction(json_path: Json = None) -> None:
+    """Blocks that evicting 90 % of a request's tokens frees, without compaction and with it."""
+    from benchmarks.compaction import bench_eviction
+
+    figures = bench_eviction()
+    table = Table(title=f"Of {figures['blocks_held']} blocks, {figures['share_evicted']:.1%} of the tokens evicted")
+    for heading in ("keys", "kept set", "freed without compaction", "freed with compaction"):
+        table.add_column(heading, justify="right" if heading.startswith("freed") else "left")
+    for kind, sets in figures["keys"].items():
+        for name, blocks in sets.items():
+            freed = [
+                f"{blocks[f'blocks_freed_{how}_compaction']} ({blocks[f'share_freed_{how}_compaction']:.1%})"
+                for how in ("without", "with")
+            ]
+            table.add_row(kind, name, *freed)
+    _report(table, figures, json_path)
+
+
+def _report(table: Table, figures: dict[str, Any], json_path: Path | None) -> None:
+    Console().print(table)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()
