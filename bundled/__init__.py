@@ -5,7 +5,8 @@ from pathlib import Path
 from bundled import tasks
 
 MODEL = Path(__file__).parent / "model"
-STATISTICS = MODEL / "statistics.safetensors"
+STATISTICS = MODEL.parent / "statistics.safetensors"
+"""Beside the model's folder, not in it: vLLM loads every safetensors file in there as weights."""
 
 
 def demo_prompt(seed: int, tokens: int) -> str:

@@ -79,18 +79,20 @@ def answers(url: str, replicas: int = 1) -> bool:
 def _start_ray(settings: FleetSettings) -> None:
     """Ray's node gives up when its agents take longer than 15 s to import, as on a busy machine: then once more."""
     import ray
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     for attempt in (1, 2):
         try:
             ray.init(
                 address="local",
-                _node_ip_address="127.0.0.1",  # Ray's own ports stay on the loopback
                 num_cpus=max(os.cpu_count() or 1, int(settings.cpus_per_replica * settings.replicas) + 1),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
                 object_store_memory=128 * 1024 * 1024,
             )
+            # Ray would print every worker's end on this terminal; its logs tell it too.
+            global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
             return
         except Exception as error:  # a bare Exception is what Ray raises here
             ray.shutdown()
@@ -167,14 +169,11 @@ def _stop(folder: Path) -> None:
     """Serve, Ray, then by id whatever of this fleet is still there. Safe after a start that failed half way."""
     import ray
     from ray import serve
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
     # A second Ctrl-C must not leave half a fleet behind.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if ray.is_initialized():
-            # Serve's controller dies answering its shutdown, and Ray would print that on the terminal.
-            global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
             with contextlib.suppress(Exception):
                 serve.shutdown()
             ray.shutdown()

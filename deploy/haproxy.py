@@ -6,6 +6,7 @@ exist.
 """
 
 import os
+import shlex
 import socket
 import stat
 import sys
@@ -21,13 +22,13 @@ CONNECTIONS = 1024
 # Beyond the queue's deadline: the router must answer before HAProxy gives up on it.
 ROUTER_GRACE_SECONDS = 10
 
+# What still streams from before a replica came or went may go on for so long.
 LONGEST_STREAM_SECONDS = 3600
 
 # HAProxy would outlive the actor that starts it when that is killed, and keep the port. The kernel ends it with
 # its parent instead (PR_SET_PDEATHSIG), and the statistics and metrics pages, which Ray binds to every interface,
 # go to the loopback.
 _WRAPPER = """\
-#!{python} -ISE
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 config = sys.argv[sys.argv.index("-f") + 1]
@@ -44,10 +45,11 @@ os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])
 def environment(settings: FleetSettings, folder: Path) -> dict[str, str]:
     """Ray's variables for one fleet; `folder` is short (a socket lies in it) and the fleet's own."""
     stats, metrics, fallback, fallback_grpc = free_ports(4)
+    code = folder / "haproxy.py"
+    code.write_text(_WRAPPER.format(stats=stats, metrics=metrics, binary=get_haproxy_binary()))
     wrapper = folder / "haproxy"
-    wrapper.write_text(
-        _WRAPPER.format(python=sys.executable, stats=stats, metrics=metrics, binary=get_haproxy_binary())
-    )
+    # By way of a shell, because a #! line takes no path with spaces in it.
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -ISE {shlex.quote(str(code))} "$@"\n')
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     patience = int(settings.coordinator.queue_deadline_seconds) + ROUTER_GRACE_SECONDS
     return {

@@ -45,6 +45,10 @@ def calibrate(
         raise ValueError("text is a single string: pass a list of documents, or a Path to a text file")
     if chunk_tokens < 2:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs room for BOS and text, set 2 or more")
+    if out is not None and out.resolve().parent == model.resolve():
+        raise ValueError(
+            f"out is {out}, inside the model's folder, where vLLM would load it as weights: write it somewhere else"
+        )
     config = AutoConfig.from_pretrained(model)
     rope = RopeParameters.from_config(config)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(device).eval()

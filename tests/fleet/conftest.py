@@ -95,7 +95,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
             "max_num_seqs": 8,
             "extra": {"enforce_eager": True},
         },
-        "compression": {"budget": 128, "interval": 64, "window": 32, "policy": "random"},
+        "compression": {"budget": 128, "interval": 64, "window": 32},
         "coordinator": {"queue_length": 4, "queue_deadline_seconds": 20, "stale_report_seconds": 5, "lease_seconds": 4},
         "http": {"port": port},
     }

@@ -162,8 +162,8 @@ def test_stops_at_max_tokens_and_reports_progress(tmp_path: Path) -> None:
 def test_the_written_file_loads_for_its_model(tmp_path: Path) -> None:
     config = qwen3()
     save_model(tmp_path, config)
-    made = calibrate(tmp_path, TEXT, out=tmp_path / "statistics.safetensors")
-    loaded = QueryStatistics.load(tmp_path / "statistics.safetensors", config)
+    made = calibrate(tmp_path, TEXT, out=tmp_path / "out" / "statistics.safetensors")
+    loaded = QueryStatistics.load(tmp_path / "out" / "statistics.safetensors", config)
     assert torch.equal(loaded.query_mean, made.query_mean)
     assert loaded.model_id == tmp_path.name
 

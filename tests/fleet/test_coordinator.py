@@ -1,0 +1,77 @@
+"""The coordinator's actor code without Ray: futures around the admission core."""
+
+import asyncio
+import json
+from collections import Counter
+
+import pytest
+
+from deploy.coordinator import WITHOUT_COORDINATOR, Coordinator
+from deploy.messages import CapacityReport, Demand, Placement, Refusal, ReplicaLimits
+from deploy.settings import CoordinatorSettings
+from triattention.report import EngineReport
+
+SETTINGS = CoordinatorSettings(queue_length=1, queue_deadline_seconds=0.3, stale_report_seconds=60)
+
+
+def report(sequence: int, free: int, finished: tuple[str, ...] = ()) -> CapacityReport:
+    engine = EngineReport(
+        block_size=32,
+        bytes_per_block=1,
+        total_blocks=10,
+        free_blocks=free,
+        running=0,
+        waiting=0,
+        in_flight_tokens=1,
+    )
+    return CapacityReport("r1", "epoch", sequence, ReplicaLimits(1000, None), engine, {}, finished)
+
+
+def demand(name: str, tokens: int = 320) -> Demand:
+    """320 tokens are the whole pool."""
+    return Demand(name, prompt_tokens=32, total_tokens=tokens)
+
+
+async def test_a_queued_request_gets_its_place_when_a_report_tells_of_the_end_before_it() -> None:
+    coordinator = Coordinator(SETTINGS, "m")
+    await coordinator.report(report(1, free=10))
+    assert isinstance(await coordinator.acquire(demand("a")), Placement)
+    waiting = asyncio.create_task(coordinator.acquire(demand("b")))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await coordinator.report(report(2, free=10, finished=("a",)))
+    assert await waiting == Placement("b", "r1", "least_loaded_of_two")
+
+
+async def test_a_queued_request_is_refused_at_its_deadline_by_the_clock_alone() -> None:
+    coordinator = Coordinator(SETTINGS, "m")
+    await coordinator.report(report(1, free=10))
+    await coordinator.acquire(demand("a"))
+    decision = await asyncio.wait_for(coordinator.acquire(demand("b")), 1)
+    assert isinstance(decision, Refusal)
+    assert decision.status == 503
+
+
+async def test_a_caller_that_goes_away_leaves_the_queue() -> None:
+    coordinator = Coordinator(SETTINGS, "m")
+    await coordinator.report(report(1, free=10))
+    await coordinator.acquire(demand("a"))
+    waiting = asyncio.create_task(coordinator.acquire(demand("b")))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert sum(json.loads(await coordinator.status())["queue_length"].values()) == 0
+
+
+async def test_what_the_router_did_alone_is_in_the_metrics_of_replicas_that_exist() -> None:
+    coordinator = Coordinator(SETTINGS, "m")
+    await coordinator.report(report(1, free=10))
+    for _ in range(2):
+        await coordinator.count_router(Counter(bad_request=2), Counter({"r1": 3, "long-gone": 1}))
+    fleet = json.loads(await coordinator.status())
+    assert fleet["rejections"]["bad_request"] == 4
+    assert list(fleet["placements"]) == ["r1"]
+    assert fleet["placements"]["r1"][WITHOUT_COORDINATOR] == 6
+    page = (await coordinator.metrics()).decode()
+    assert 'trifleet_placements_total{model="m",reason="without_coordinator",replica="r1"} 6.0' in page
