@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bundled import tasks, tokenizer
 
-GROWING, SMALL, STEPS = 1_200, 1_550, 3_200
+GROWING, SMALL, STEPS = 1_200, 1_550, 2_600
 """Steps of training: tables grow up to the first, are small up to the second, then have all sizes."""
 MATRIX_RATE = 0.02
 """Learning rate of the layers' matrices, by Muon: lookups in the prompt form about ten times sooner than with Adam."""

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.cli import app as bench_app
+from dashboards.cli import app as dashboards_app
 from deploy.fleet import FleetError, answers, endpoint, running_fleet
 from deploy.settings import FleetSettings, SettingsError, load_settings
 
@@ -25,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(dashboards_app, name="dashboards")
+app.add_typer(bench_app, name="bench")
 console = Console()
 
 SettingsFile = Annotated[Path, typer.Option("--file", "-f", help="The fleet's settings (YAML).")]

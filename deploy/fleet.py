@@ -35,7 +35,12 @@ def running_fleet(settings: FleetSettings, progress: Progress = lambda part: Non
 
     _check_port(settings)
     folder = Path(tempfile.mkdtemp(prefix="trifleet-", dir="/tmp"))
-    variables = {**haproxy.environment(settings, folder), "RAY_USAGE_STATS_ENABLED": "0", MARK: str(folder)}
+    variables = {
+        **haproxy.environment(settings, folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        MARK: str(folder),
+    }
     with _environment(variables):
         try:
             progress("Ray")
@@ -79,8 +84,10 @@ def answers(url: str, replicas: int = 1) -> bool:
 def _start_ray(settings: FleetSettings) -> None:
     """Ray's node gives up when its agents take longer than 15 s to import, as on a busy machine: then once more."""
     import ray
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+    from ray._private import worker
 
+    # Ray prints every worker's end on the driver's terminal and has no switch for it; its logs tell it too.
+    worker.print_to_stdstream = lambda *_, **__: None
     for attempt in (1, 2):
         try:
             ray.init(
@@ -91,8 +98,6 @@ def _start_ray(settings: FleetSettings) -> None:
                 logging_level="ERROR",
                 object_store_memory=128 * 1024 * 1024,
             )
-            # Ray would print every worker's end on this terminal; its logs tell it too.
-            global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
             return
         except Exception as error:  # a bare Exception is what Ray raises here
             ray.shutdown()

@@ -70,10 +70,10 @@ def test_the_same_seed_gives_the_same_prompt() -> None:
 
 def test_held_out_walks_are_not_among_the_first_training_batches() -> None:
     samples = train.Samples(TOKENS)
-    trained = {tuple(sample.tokens) for number in range(200) for sample in samples.batch(number)}
+    trained = {tuple(sample.tokens) for number in range(20) for sample in samples.batch(number)}
     turns = [evaluate.turn(TOKENS, tasks.held_out_walk(seed, 100)) for seed in range(200)]
     held_out = {(*prompt, *reply) for prompt, reply in turns}
-    assert len(trained) > 1000
+    assert len(trained) > 200
     assert not trained & held_out
 
 

@@ -30,7 +30,7 @@ def test_bench_compaction_moves_a_fraction_of_a_slide_and_scores_as_fp64_does(tm
 
 
 def test_bench_eviction_frees_the_evicted_blocks_with_compaction_only() -> None:
-    figures = compaction.bench_eviction(live=1024, layers=2)
+    figures = compaction.bench_eviction(live=2048, layers=2)
     for sets in figures["keys"].values():
         assert all(0.88 < blocks["share_freed_with_compaction"] <= 0.9 for blocks in sets.values())
         assert sets["per_layer_per_head"]["share_freed_without_compaction"] < 0.1

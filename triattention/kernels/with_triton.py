@@ -459,7 +459,7 @@ def _old_ranks(scores, slot, old):
     score = tl.load(scores + slot, mask=slot < old, other=0.0)
     score = tl.where(score == score, score, float("-inf")) + 0.0
     bits = score.to(tl.uint32, bitcast=True)
-    return tl.where(slot < old, tl.where(bits >= 2147483648, ~bits, bits | 2147483648), 0)
+    return tl.where(slot < old, tl.where(bits >= 2147483648, bits ^ 4294967295, bits | 2147483648), 0)
 
 
 @_per_launch
