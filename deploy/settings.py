@@ -179,7 +179,7 @@ def load_settings(path: Path) -> FleetSettings:
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise SettingsError(f"there is no settings file {path}: name one with --config") from None
+        raise SettingsError(f"there is no settings file {path}: name one with --file") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
