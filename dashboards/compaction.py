@@ -11,25 +11,36 @@ from dashboards.panels import (
     GREEN,
     PER_MINUTE,
     PER_SECOND,
+    RATIO,
     RED,
+    SECONDS,
     Query,
     lines,
     value,
 )
-from dashboards.promql import increase, rate, series
+from dashboards.promql import increase, quantile, rate, rate_of_sum, series
 from deploy.metrics import (
+    BLOCK_TOKENS,
+    COMPACTION_SECONDS,
     COMPACTIONS,
     EVICTED_TOKENS,
     FREED_BLOCKS,
+    GENERATED_TOKENS,
     HELD_BLOCKS,
     PEAK_BLOCKS_PER_REQUEST,
     PREEMPTIONS,
     RECLAIMED_BYTES,
     RUNNING,
+    STEP_SECONDS,
     STRANDED_SLOTS,
+    UNCOMPRESSED_BLOCKS,
 )
 
 ZERO_IS_GOOD = ((None, GREEN), (1, RED))
+
+
+def compaction_share(by: str) -> str:
+    return f"{rate_of_sum(COMPACTION_SECONDS, by)} / (sum by ({by}) ({rate(STEP_SECONDS)}) > 0)"
 
 
 def dashboard() -> Dashboard:
@@ -117,6 +128,43 @@ def dashboard() -> Dashboard:
                 Query(f"{series(HELD_BLOCKS)} / ({series(RUNNING)} > 0)", "mean of {{replica}}"),
                 Query(series(PEAK_BLOCKS_PER_REQUEST), "most on {{replica}}"),
                 width=8,
+            ),
+            lines(
+                "Blocks in use, and what they would be without compaction",
+                "The gap is memory that other requests can use.",
+                BLOCKS,
+                Query(f"sum({series(HELD_BLOCKS)})", "in use"),
+                Query(f"sum({series(UNCOMPRESSED_BLOCKS)})", "without compaction"),
+            ),
+            lines(
+                "Bytes reclaimed per byte evicted, by replica",
+                "Freed slots over evicted tokens: 1 when every evicted token's memory came back.",
+                RATIO,
+                Query(
+                    f"{rate(FREED_BLOCKS)} * {series(BLOCK_TOKENS)} / ({rate(EVICTED_TOKENS)} > 0)", "{{replica}}"
+                ),
+            ),
+        )),
+        Row("Cost", (
+            lines(
+                "Share of the engines' time that compaction takes, by replica",
+                "Compaction time over step time.",
+                RATIO,
+                Query(compaction_share("replica"), "{{replica}}"),
+                width=8,
+            ),
+            lines(
+                "Time of one compaction",
+                "Score, select and move, all layers of one request.",
+                SECONDS,
+                Query(quantile(0.5, COMPACTION_SECONDS, "model"), "half"),
+                Query(quantile(0.95, COMPACTION_SECONDS, "model"), "95 %"),
+                width=8,
+            ),
+            lines(
+                "Tokens generated per second, by replica",
+                "Falls under load while compaction's share rises: the interval is too short.",
+                PER_SECOND, Query(rate(GENERATED_TOKENS), "{{replica}}"), width=8,
             ),
         )),
     )  # fmt: skip

@@ -64,6 +64,12 @@ def bucket_rate(metric: Descriptor, by: str) -> str:
     return f"sum by ({by}) (rate({_select(f'{metric.name}_bucket', metric, {})}[$__rate_interval]))"
 
 
+def rate_of_sum(metric: Descriptor, by: str) -> str:
+    """Of what a histogram observed, per second."""
+    assert metric.kind == "histogram", f"{metric.name} is a {metric.kind}: it has no sum"
+    return f"sum by ({by}) (rate({_select(f'{metric.name}_sum', metric, {})}[$__rate_interval]))"
+
+
 def quantile(share: float, metric: Descriptor, by: str) -> str:
     return f"histogram_quantile({share:g}, {bucket_rate(metric, f'{by}, le')})"
 

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
+from typing import Any
 
 from deploy.admission import Admission, FleetSnapshot
 from deploy.messages import Demand, Placement
 from deploy.metrics import render
 from deploy.settings import CoordinatorSettings
 from tests.unit.reports import BLOCK, compression, report
+from triattention.report import COMPACTION_BUCKETS_SECONDS
 
 MODEL = "fake-model"
 TICK_SECONDS = 0.1
@@ -34,13 +36,17 @@ class FakeEngine:
     sequence: int = 0
     held: dict[str, int] = field(default_factory=dict)
     ticks_left: dict[str, int] = field(default_factory=dict)
-    counters: dict[str, int] = field(
+    counters: dict[str, Any] = field(
         default_factory=lambda: {
             "compactions": 0,
             "freed_blocks": 0,
             "evicted_tokens": 0,
             "peak_blocks_per_request": 0,
             "preemptions": 0,
+            "generated_tokens": 0,
+            "step_seconds": 0.0,
+            "compaction_seconds": 0.0,
+            "compaction_counts": (0,) * (len(COMPACTION_BUCKETS_SECONDS) + 1),
         }
     )
 
@@ -50,12 +56,17 @@ class FakeEngine:
 
     def tick(self) -> tuple[str, ...]:
         """Names of the requests that ended."""
+        self.counters["step_seconds"] += TICK_SECONDS
         for reservation in self.held:
             self.ticks_left[reservation] -= 1
             self.held[reservation] += 1
+            self.counters["generated_tokens"] += BLOCK
             if self.held[reservation] > MOST_LIVE_BLOCKS:
                 self.held[reservation] -= FREED_AT_ONCE
                 self.counters["compactions"] += 1
+                self.counters["compaction_seconds"] += 0.0007
+                first, second, *rest = self.counters["compaction_counts"]
+                self.counters["compaction_counts"] = (first, second + 1, *rest)
                 self.counters["freed_blocks"] += FREED_AT_ONCE
                 self.counters["evicted_tokens"] += FREED_AT_ONCE * BLOCK
         self.counters["peak_blocks_per_request"] = max(self.counters["peak_blocks_per_request"], *self.held.values(), 0)

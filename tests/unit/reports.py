@@ -20,7 +20,7 @@ def report(
     max_model_len: int = 8192,
     compression: CompressionConfig | None = None,
     block_size: int = BLOCK,
-    **counters: int,
+    **counters: Any,
 ) -> CapacityReport:
     held = held or {}
     return CapacityReport(
