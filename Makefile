@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test observability-check lint format clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ demo: setup
 
 test: setup
 	$(RUN)/python -m pytest tests
+
+observability-check: setup
+	OBSERVABILITY_JSON=observability.json $(RUN)/python -m pytest tests/fleet/test_observability.py
+	@cat observability.json
 
 lint: setup
 	$(RUN)/ruff check .

@@ -1,5 +1,7 @@
 """Capacity reports with sensible defaults, for the tests of the coordinator's core."""
 
+from typing import Any
+
 from replicas.messages import CapacityReport, ReplicaLimits
 from triattention.config import CompressionConfig
 from triattention.report import EngineReport
