@@ -116,12 +116,12 @@ def test_the_shipped_model_walks_held_out_tables_to_the_last_token(
     assert replies == [instance.reply for instance in instances]
 
 
-def test_the_shipped_model_keeps_to_long_walks(
+def test_the_shipped_model_keeps_to_most_long_walks_whatever_their_last_step(
     shipped_model: Qwen3ForCausalLM, shipped_tokens: PreTrainedTokenizerFast
 ) -> None:
-    instances = [tasks.held_out_walk(seed, 1800) for seed in range(10)]
+    instances = [evaluate.mixed_walk(seed, 1500, 2000) for seed in range(20)]
     exact = [not evaluate.wrong_tokens(shipped_model, shipped_tokens, instance) for instance in instances]
-    assert sum(exact) >= 8
+    assert sum(exact) >= 11  # about 80 % are (bundled/README.md); of a model without lookups, none
 
 
 @pytest.mark.parametrize(
