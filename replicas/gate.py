@@ -115,5 +115,6 @@ async def _render(page: Page) -> Response:
     try:
         return Response(await page.render(), media_type=page.media_type)
     except Exception:
+        # Whatever keeps the coordinator or another replica from answering, a scrape gets a sentence and not a trace.
         answer = Answer(503, "service_unavailable", "The coordinator does not answer now: ask again in a second.")
         return _refuse(answer)

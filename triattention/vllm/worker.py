@@ -7,6 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
@@ -69,8 +70,6 @@ class Compactor:
 
 def policy_context(spec: CompactedAttentionSpec, layer_names: list[str], vllm_config: VllmConfig) -> PolicyContext:
     """What a policy may know of the model and of this rank's share of its heads."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
     model = vllm_config.model_config
     total_kv_heads = model.get_total_num_kv_heads()
     # Heads are split over the ranks in order; with fewer heads than ranks each is replicated.
