@@ -17,6 +17,7 @@ from rich.table import Table
 from benchmarks.cli import app as bench_app
 from dashboards.cli import app as dashboards_app
 from deploy.fleet import FleetError, answers, endpoint, running_fleet
+from deploy.plan_cli import plan
 from deploy.settings import FleetSettings, SettingsError, load_settings
 
 LOCAL = Path(__file__).parent / "configs" / "local.yaml"
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(bench_app, name="bench")
+app.command()(plan)
 console = Console()
 
 SettingsFile = Annotated[Path, typer.Option("--file", "-f", help="The fleet's settings (YAML).")]
