@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Selection = Literal["per_head", "per_layer_per_head"]
 
@@ -29,16 +29,38 @@ class CompressionConfig(BaseModel):
         "per_head",
         description="per_head: a head's kept set is shared by all layers; per_layer_per_head: it is not",
     )
+    segments: int = Field(
+        1,
+        ge=1,
+        description="a head's evictable tokens, in order of position, are cut into so many runs that lose equally "
+        "many; 1: the lowest scores go, wherever they stand",
+    )
     reserve_growth: bool = Field(
         True,
         description="admit a request only if every running one can still grow to its bound: no preemption",
     )
     policy: str = Field("triattention", description="name of a registered scoring policy")
     statistics: Path | None = Field(None, description="calibrated query statistics (safetensors) of the model")
+    max_offset: int = Field(
+        65536,
+        ge=1,
+        description="policy triattention averages over queries 1, 2, 4, ... up to so many tokens ahead; a power of two",
+    )
+    seed: int = Field(0, ge=0, lt=1 << 63, description="policy random draws from it")
 
     def pinned_tokens(self, prompt_tokens: int) -> int:
         """Tokens at the start of a sequence that are never compacted; the block in which they end is not either."""
         return max(self.sinks, prompt_tokens if self.prompt == "pin" else 0)
+
+    @field_validator("max_offset")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(
+                f"max_offset is {value}: offsets are powers of two, so set it to one, such as "
+                f"{1 << (value.bit_length() - 1)}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "CompressionConfig":

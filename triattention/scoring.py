@@ -28,22 +28,29 @@ from torch import Tensor
 
 from triattention.statistics import QueryStatistics
 
-OFFSETS = tuple(2**i for i in range(17))
-"""Future distances over which the expected attention is averaged, in tokens: 1, 2, 4, ..., 65536."""
+
+def offsets_up_to(maximum: int) -> tuple[int, ...]:
+    """Future distances over which the expected attention is averaged, in tokens: 1, 2, 4, ..., `maximum`."""
+    assert maximum.bit_count() == 1, f"{maximum} is not a power of two"
+    return tuple(1 << power for power in range(maximum.bit_length()))
+
+
+OFFSETS = offsets_up_to(65536)
+"""The paper's 17 offsets."""
 
 # Keys are read in slices of tokens whose fp32 copies stay below this, so that only the scores grow with the
 # tokens.
 _SLICE_BYTES = 64 << 20
 
 
-def mean_rotation(frequencies: Tensor, position: int) -> Tensor:
-    """C_f(t) = mean over OFFSETS d of exp(i w_f (t + d)), complex128 [bands].
+def mean_rotation(frequencies: Tensor, position: int, offsets: Sequence[int] = OFFSETS) -> Tensor:
+    """C_f(t) = mean over offsets d of exp(i w_f (t + d)), complex128 [bands].
 
     `frequencies`: fp64 [bands]. In fp64, reduced modulo 2 pi first: w t reaches 1e5 radians, where fp32 has
     lost two decimals of the phase.
     """
     assert frequencies.dtype == torch.float64
-    times = torch.tensor([position + d for d in OFFSETS], dtype=torch.float64)
+    times = torch.tensor([position + d for d in offsets], dtype=torch.float64)
     phases = torch.remainder(times[:, None] * frequencies, 2 * math.pi)
     return torch.polar(torch.ones_like(phases), phases).mean(dim=0)
 
@@ -65,7 +72,13 @@ class Scorer:
     the keys' device.
     """
 
-    def __init__(self, statistics: QueryStatistics, layers: Sequence[int], kv_heads: range) -> None:
+    def __init__(
+        self,
+        statistics: QueryStatistics,
+        layers: Sequence[int],
+        kv_heads: range,
+        offsets: Sequence[int] = OFFSETS,
+    ) -> None:
         rope = statistics.rope
         group = statistics.q_heads // statistics.kv_heads
         rows = [statistics.layers.index(layer) for layer in layers]
@@ -77,6 +90,7 @@ class Scorer:
         scales = rope.scales()
         self.rope = rope
         self.frequencies = rope.frequencies()
+        self.offsets = offsets
         self.query_mean = (mean * scales).to(torch.complex64).view(shape)
         # E|q| >= |E q| holds exactly for the sums, but not for their rounded quotients.
         self.spread = ((magnitude - mean.abs()).clamp_min(0) * scales).float().view(shape)
@@ -89,7 +103,8 @@ class Scorer:
         layers, kv_heads, tokens, head_dim = keys.shape
         if self.query_mean.device != keys.device:
             self.query_mean, self.spread = self.query_mean.to(keys.device), self.spread.to(keys.device)
-        turned = self.query_mean * mean_rotation(self.frequencies, position).to(torch.complex64).to(keys.device)
+        rotation = mean_rotation(self.frequencies, position, self.offsets)
+        turned = self.query_mean * rotation.to(torch.complex64).to(keys.device)
         real_weight, imag_weight = turned.real.contiguous(), turned.imag.contiguous()
 
         scores = torch.empty((*turned.shape[:3], tokens), dtype=torch.float32, device=keys.device)

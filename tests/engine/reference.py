@@ -14,8 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from triattention.config import CompressionConfig
 
-OFFSETS = [2**i for i in range(17)]
-
 
 class DenseReference:
     def __init__(self, model: Path, statistics: Path) -> None:
@@ -50,7 +48,9 @@ class DenseReference:
         weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
         return (weights @ value).transpose(1, 2).contiguous(), None
 
-    def scores(self, rotated: torch.Tensor, positions: torch.Tensor, layer: int, now: int) -> torch.Tensor:
+    def scores(
+        self, rotated: torch.Tensor, positions: torch.Tensor, layer: int, now: int, max_offset: int
+    ) -> torch.Tensor:
         """rotated keys [kv_heads, n, head_dim] at positions [kv_heads, n] -> fp64 [kv_heads, n]."""
         half = len(self.frequencies)
         cached = torch.complex(rotated[..., :half].double(), rotated[..., half : 2 * half].double()) / self.scaling
@@ -69,10 +69,11 @@ class DenseReference:
             mean, magnitude = self.query_mean[layer, head], self.query_magnitude[layer, head]
             product = mean * key[kv_head].conj()  # [n, bands]: amplitude |E q||k| and phase at distance 0
             trig = torch.zeros(rotated.shape[1], dtype=torch.float64)
-            for offset in OFFSETS:
+            offsets = [2**i for i in range(17) if 2**i <= max_offset]
+            for offset in offsets:
                 angle = (distance[kv_head] + offset)[:, None] * frequencies + product.angle()
                 trig += (weight * product.abs() * angle.cos()).sum(-1)
-            score = trig / len(OFFSETS) + (weight * key[kv_head].abs() * (magnitude - mean.abs())).sum(-1)
+            score = trig / len(offsets) + (weight * key[kv_head].abs() * (magnitude - mean.abs())).sum(-1)
             result[kv_head] = torch.maximum(result[kv_head], (score - score.mean()) / score.std())
         return result
 
@@ -111,11 +112,16 @@ class DenseReference:
             positions = torch.stack([row[row >= pinned] for row in positions])
             keys = cache.layers[layer].keys[0].gather(1, positions[..., None].expand(-1, -1, self.head_dim))
             candidates.append(positions)
-            scores.append(self.scores(keys, positions, layer, processed))
+            scores.append(self.scores(keys, positions, layer, processed, config.max_offset))
         if config.selection == "per_head":
             mean = torch.stack(scores).mean(0)
             scores = [mean] * len(scores)
         for visible, positions, score in zip(compacted, candidates, scores, strict=True):
             score = score.masked_fill(positions >= processed - config.window, torch.inf)
-            dropped = score.argsort(dim=-1)[:, : positions.shape[1] - keep]
-            visible.scatter_(1, positions.gather(1, dropped), False)
+            # Positions ascend: segments are runs of columns, of the tokens before the window.
+            old, evictions = positions.shape[1] - config.window, positions.shape[1] - keep
+            for segment in range(config.segments):
+                start, end = segment * old // config.segments, (segment + 1) * old // config.segments
+                share = end * evictions // old - start * evictions // old
+                dropped = start + score[:, start:end].argsort(dim=-1)[:, :share]
+                visible.scatter_(1, positions.gather(1, dropped), False)

@@ -32,8 +32,8 @@ def context(layers: tuple[int, ...] = (0, 1, 2), kv_heads: range = range(4)) -> 
     )
 
 
-def config(policy: str, statistics: Path | None = None) -> CompressionConfig:
-    return CompressionConfig(budget=64, window=16, policy=policy, statistics=statistics)
+def config(policy: str, statistics: Path | None = None, **options: int) -> CompressionConfig:
+    return CompressionConfig(budget=64, window=16, policy=policy, statistics=statistics, **options)
 
 
 def random_keys(tokens: int = 40) -> torch.Tensor:
@@ -89,6 +89,16 @@ def test_triattention_uses_the_statistics_and_the_position(statistics: Path) -> 
     assert not torch.allclose(policy.score(keys, 1000), policy.score(keys, 1100))
 
 
+def test_triattention_averages_up_to_the_largest_offset(statistics: Path) -> None:
+    keys = random_keys()
+    policy = create_policy(config("triattention", statistics, max_offset=128), context())
+    expected = Scorer(random_statistics(MODEL), range(3), range(4), offsets=(1, 2, 4, 8, 16, 32, 64, 128))
+    assert torch.equal(policy.score(keys, 1000), expected.score(keys, 1000))
+    assert not torch.allclose(
+        policy.score(keys, 1000), Scorer(random_statistics(MODEL), range(3), range(4)).score(keys, 1000)
+    )
+
+
 def test_triattention_refuses_statistics_that_lack_a_layer(tmp_path: Path) -> None:
     smaller = random_statistics(qwen3(num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2))
     smaller.save(tmp_path / "s")
@@ -123,7 +133,7 @@ def test_random_repeats_itself_and_varies_with_all_that_it_names() -> None:
     scores = Random(config("random"), context()).score(keys, 500)
     assert torch.equal(scores, Random(config("random"), context()).score(keys * 2, 500))
     assert not torch.equal(scores, Random(config("random"), context()).score(keys, 501))
-    assert not torch.equal(scores, Random(config("random"), context(), seed=1).score(keys, 500))
+    assert not torch.equal(scores, Random(config("random", seed=1), context()).score(keys, 500))
     rows = scores.flatten(0, 1)
     correlation = torch.corrcoef(rows) - torch.eye(12)
     assert correlation.abs().max() < 0.2

@@ -74,6 +74,11 @@ def test_unset_engine_settings_are_left_to_vllm():
         ({"coordinator": {"stale_report_seconds": 0.1}}, "every replica would look stale"),
         ({"compression": {"budget": 64, "window": 128}}, "window is 128 but budget is 64"),
         ({"compression": {"budget": 512, "window": 64}}, "statistics is not set"),
+        (
+            {"compression": {"budget": 512, "policy": "random", "max_offset": 1000}},
+            "max_offset is 1000: offsets are powers of two, so set it to one, such as 512",
+        ),
+        ({"compression": {"budget": 512, "policy": "random", "segments": 0}}, "segments is 0"),
         ({"http": {"port": "web"}}, "http.port is 'web': it should be a valid integer"),
     ],
 )

@@ -8,15 +8,15 @@ from triattention.policies.base import Policy, PolicyContext, register
 
 @register("random")
 class Random(Policy):
-    """Uniform scores in [0, 1) that depend on seed, layer, global KV head, slot and position, and on nothing
+    """Uniform scores in [0, 1) that depend on `seed`, layer, global KV head, slot and position, and on nothing
     else.
 
     So they are the same from run to run, on CPU and GPU, and whichever tensor-parallel rank holds the head.
     Needs no statistics.
     """
 
-    def __init__(self, config: CompressionConfig, context: PolicyContext, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, config: CompressionConfig, context: PolicyContext) -> None:
+        self.seed = config.seed
         self.layers = torch.tensor(context.layers)
         self.kv_heads = torch.tensor(list(context.kv_heads))
 

@@ -4,7 +4,7 @@ import torch
 
 from triattention.config import CompressionConfig
 from triattention.policies.base import Policy, PolicyContext, register
-from triattention.scoring import Scorer
+from triattention.scoring import Scorer, offsets_up_to
 from triattention.statistics import QueryStatistics
 
 
@@ -18,7 +18,7 @@ class TriAttention(Policy):
     def __init__(self, config: CompressionConfig, context: PolicyContext) -> None:
         assert config.statistics is not None, "CompressionConfig checks that this policy has statistics"
         statistics = QueryStatistics.load(config.statistics, context.model_config, context.layers)
-        self.scorer = Scorer(statistics, context.layers, context.kv_heads)
+        self.scorer = Scorer(statistics, context.layers, context.kv_heads, offsets_up_to(config.max_offset))
 
     def score(self, keys: torch.Tensor, position: int) -> torch.Tensor:
         return self.scorer.score(keys, position)

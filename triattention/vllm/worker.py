@@ -18,6 +18,7 @@ from triattention.compaction import hole_fills
 from triattention.config import CompressionConfig
 from triattention.policies import PolicyContext, create_policy
 from triattention.rope import RopeParameters
+from triattention.segments import SegmentQuota
 from triattention.selection import select
 from triattention.vllm.kv_manager import CompactedAttentionSpec
 from triattention.vllm.layout import PagedTokens, detect_layout, split_cpu_cache
@@ -47,6 +48,7 @@ class Compactor:
             self.keys.append(PagedTokens(layout.keys(keys)))
             self.values.append(PagedTokens(layout.values(values)))
         self.policy = create_policy(config, policy_context(spec, layer_names, vllm_config))
+        self.quota = SegmentQuota(config) if config.segments > 1 else None
 
     def carry_out(self, order: CompactionOrder) -> None:
         """Fill the holes of the surviving blocks with the survivors of the dying ones, in all layers."""
@@ -55,10 +57,17 @@ class Compactor:
         dead_slots = (order.first_live_block - order.first_dead_block) * self.block_size
         keys = torch.stack([layer.gather(block_ids)[:, :tokens] for layer in self.keys])
         scores = self.policy.score(keys, order.processed_tokens)
+        protected = torch.zeros(tokens, dtype=torch.bool)
         for block in order.protected_blocks:
-            scores[..., block * self.block_size : (block + 1) * self.block_size] = torch.inf
+            protected[block * self.block_size : (block + 1) * self.block_size] = True
+        scores[..., protected] = torch.inf
+        if self.quota is not None:
+            first_slot = order.first_dead_block * self.block_size
+            scores = self.quota.spread(order.request_id, first_slot, scores, protected, dead_slots)
         kept = select(scores, tokens - dead_slots, self.config.window, self.config.selection)
         moves = hole_fills(kept, dead_slots)
+        if self.quota is not None:
+            self.quota.moved(order.request_id, moves, dead_slots)
         # Moves are sorted by layer, so each layer's are one slice.
         ends = torch.bincount(moves.layer, minlength=len(self.keys)).cumsum(0).tolist()
         for layer, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -135,6 +144,9 @@ class CompactionWorker(CPUWorker):
             )
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        for compactor in self.compactors.values():
+            if compactor.quota is not None:
+                compactor.quota.forget(scheduler_output.finished_req_ids)
         for order in orders_of(scheduler_output):
             start = time.perf_counter()
             self.compactors[order.group].carry_out(order)
