@@ -130,7 +130,7 @@ def verdict(made: Plan) -> str:
     where = "a GPU" if made.tensor_parallel == 1 else f"a replica of {made.tensor_parallel} GPUs"
     if without.fits:
         times = compressed.requests_per_replica / without.requests_per_replica
-        return f"{where[0].upper()}{where[1:]} holds {times:.1f} times as many such requests with compression as without."
+        return f"With compression {where} holds {times:.1f} times as many such requests as without."
     need = f"it needs {gib(without.bytes_per_request)} of KV memory, and there are {gib(made.kv_bytes)}"
     if compressed.fits:
         many = f"{compressed.requests_per_replica:,} fit" if compressed.requests_per_replica > 1 else "it does"
