@@ -58,6 +58,65 @@ def eviction(json_path: Json = None) -> None:
     _report(table, figures, json_path)
 
 
+@app.command()
+def engine(
+    json_path: Json = None,
+    rounds: Annotated[int, typer.Option(min=2, help="rounds of each side under memory pressure")] = 5,
+) -> None:
+    """vLLM with and without compression in the same KV memory, tight and ample (about 10 minutes)."""
+    from benchmarks.engine import SIDES, bench_engine
+
+    figures = bench_engine(tight_rounds=rounds)
+    table = Table(title="Plain vLLM and ours, taking turns")
+    for heading in ("KV memory", "", "tokens/s", "ms per token", "preemptions", "peak blocks", "compaction"):
+        table.add_column(heading, justify="left" if heading in ("KV memory", "") else "right")
+    for load in ("tight", "ample"):
+        low, high = figures[f"ratio_{load}_quartiles"]
+        for side in SIDES:
+            row = figures[load][side]
+            table.add_row(
+                f"{load}: {figures[load]['pool_tokens']:,} tokens" if side == SIDES[0] else "",
+                side,
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['milliseconds_per_output_token']:.1f}",
+                f"{row['preemptions']}",
+                f"{row['peak_blocks_per_request']}",
+                f"{row['compaction_share']:.1%}",
+            )
+        table.add_row("", "ratio", f"{figures[f'ratio_{load}']:.3f} ({low:.3f} to {high:.3f})", end_section=True)
+    _report(table, figures, json_path)
+
+
+@app.command()
+def http(
+    json_path: Json = None,
+    file: Annotated[Path, typer.Option("--file", "-f", help="the fleet's settings; one replica of it is used")] = Path(
+        "deploy/configs/local.yaml"
+    ),
+    rounds: Annotated[int, typer.Option(min=2, help="rounds of streams a side")] = 7,
+) -> None:
+    """vLLM's own server against one replica behind the fleet's endpoint: tokens per second, time to first token."""
+    from benchmarks.http_path import bench_http
+
+    figures = bench_http(file, rounds)
+    low, high = figures["ratio_tokens_per_second_quartiles"]
+    table = Table(title=f"{figures['streams']} streams of {figures['tokens_per_stream']} tokens, taking turns")
+    for heading in ("", "tokens/s", "first token under load, ms", "first token alone, ms"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for side, name in (("vllm", "vLLM's own server"), ("fleet", "the fleet's endpoint, one replica")):
+        table.add_row(
+            name,
+            f"{figures['tokens_per_second'][side]:,.0f}",
+            f"{figures['ttft_ms_p50_under_load'][side]:.1f}",
+            f"{figures['ttft_ms_p50'][side]:.1f}",
+        )
+    table.caption = (
+        f"ratio of tokens per second {figures['ratio_tokens_per_second']:.3f} ({low:.3f} to {high:.3f}); "
+        f"added to the first token alone, median {figures['added_ttft_ms_p50']:.1f} ms"
+    )
+    _report(table, figures, json_path)
+
+
 def _report(table: Table, figures: dict[str, Any], json_path: Path | None) -> None:
     Console().print(table)
     if json_path is not None:

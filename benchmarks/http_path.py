@@ -1,0 +1,150 @@
+"""What the fleet's HTTP path costs: vLLM's own server against one replica behind the fleet's endpoint, with the same
+engine arguments, both up at once and taking turns: `trifleet bench http`.
+
+The load generator is one asyncio loop over raw server-sent events, which costs both sides the same core.
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import numpy as np
+
+import bundled
+from benchmarks.machine import machine
+from deploy.fleet import running_fleet
+from deploy.haproxy import free_ports
+from deploy.settings import FleetSettings, load_settings
+from triattention.vllm import engine_arguments
+
+STREAMS, STREAM_TOKENS = 16, 600
+SINGLE_TOKENS = 4
+START_SECONDS = 300.0
+
+
+def bench_http(settings_file: Path, rounds: int = 7, singles: int = 60) -> dict[str, Any]:
+    """The figures of the command. `rounds` of STREAMS streams a side, and `singles` lone requests a side."""
+    about = machine("vllm", "ray", "torch")
+    settings = load_settings(settings_file).model_copy(update={"replicas": 1})
+    with _vllm_server(settings) as direct, running_fleet(settings) as fleet:
+        return about | asyncio.run(_compare({"vllm": direct, "fleet": fleet}, settings, rounds, singles))
+
+
+async def _compare(urls: dict[str, str], settings: FleetSettings, rounds: int, singles: int) -> dict[str, Any]:
+    speeds: dict[str, list[float]] = {name: [] for name in urls}
+    under_load: dict[str, list[float]] = {name: [] for name in urls}
+    alone: dict[str, list[float]] = {name: [] for name in urls}
+    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+        for turn in range(-1, rounds):  # the first round of each side is not counted
+            for name in _turn(urls, turn):
+                bodies = [_body(settings, turn * STREAMS + i, STREAM_TOKENS) for i in range(STREAMS)]
+                began = time.perf_counter()
+                firsts = await asyncio.gather(*(_first_event(client, urls[name], body) for body in bodies))
+                if turn >= 0:
+                    speeds[name].append(STREAMS * STREAM_TOKENS / (time.perf_counter() - began))
+                    under_load[name] += firsts
+        for turn in range(-2, singles):
+            for name in _turn(urls, turn):
+                first = await _first_event(client, urls[name], _body(settings, 10_000 + turn, SINGLE_TOKENS))
+                if turn >= 0:
+                    alone[name].append(first)
+    ratios = [ours / theirs for ours, theirs in zip(speeds["fleet"], speeds["vllm"], strict=True)]
+    low, high = np.quantile(ratios, [0.25, 0.75])
+    added = [ours - theirs for ours, theirs in zip(alone["fleet"], alone["vllm"], strict=True)]
+    return {
+        "streams": STREAMS,
+        "tokens_per_stream": STREAM_TOKENS,
+        "rounds": rounds,
+        "ratio_tokens_per_second": statistics.median(ratios),
+        "ratio_tokens_per_second_quartiles": [float(low), float(high)],
+        "tokens_per_second": {name: statistics.median(values) for name, values in speeds.items()},
+        "ttft_ms_p50_under_load": {name: 1000 * statistics.median(values) for name, values in under_load.items()},
+        "ttft_ms_p50": {name: 1000 * statistics.median(values) for name, values in alone.items()},
+        "added_ttft_ms_p50": 1000 * statistics.median(added),
+        "added_ttft_ms_p90": 1000 * float(np.quantile(added, 0.9)),
+    }
+
+
+def _turn(urls: dict[str, str], number: int) -> list[str]:
+    """Who goes first changes every turn."""
+    return list(urls) if number % 2 == 0 else list(reversed(urls))
+
+
+def _body(settings: FleetSettings, seed: int, tokens: int) -> dict[str, Any]:
+    return {
+        "model": settings.served_model_name,
+        "messages": [{"role": "user", "content": bundled.demo_prompt(seed, 1800)}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def _first_event(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> float:
+    """Seconds to the first event of a stream that is read to its end. Raises if it did not end as asked."""
+    began = time.perf_counter()
+    first, last = None, b""
+    async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        async for chunk in response.aiter_bytes():
+            if first is None:
+                first = time.perf_counter() - began
+            last = (last + chunk)[-2000:]
+    usage = json.loads(last.rsplit(b"data: ", 2)[-2])["usage"]
+    if first is None or usage["completion_tokens"] != body["max_tokens"]:
+        raise RuntimeError(f"a stream of {url} ended early: {last.decode(errors='replace')}")
+    return first
+
+
+@contextmanager
+def _vllm_server(settings: FleetSettings) -> Iterator[str]:
+    """vLLM's own API server with the engine arguments of a replica."""
+    (port,) = free_ports(1)
+    arguments = settings.engine_arguments() | engine_arguments(settings.compression)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        command += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    environment = os.environ | {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": "1",
+    }
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _await_health(url, server, log)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def _await_health(url: str, server: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            log.seek(0)
+            raise RuntimeError(f"vLLM's server ended with code {server.returncode}:\n{log.read().decode()[-2000:]}")
+        try:
+            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise RuntimeError(f"vLLM's server was not ready after {START_SECONDS:.0f} s")
