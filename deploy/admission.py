@@ -1,8 +1,8 @@
 """Who is let in, when, and where: the coordinator's decisions, and the queue of those who wait.
 
-Owns the queue (order, deadline, bypass) and the counts of what was decided. The ledger holds the blocks,
-`demand.py` says what a request needs, `placement.py` chooses among the replicas that fit. No Ray, no clock,
-no threads: the same code runs in the actor, in the tests and in the simulation.
+Owns when the queue is served, its deadline and bypass, and the counts of what was decided. The ledger holds the
+blocks, `demand.py` says what a request needs, `queue.py` who is next, `placement.py` chooses among the replicas that
+fit. No Ray, no clock, no threads: the same code runs in the actor, in the tests and in the simulation.
 """
 
 import bisect
@@ -11,18 +11,21 @@ import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from deploy.demand import blocks_needed, can_ever_fit, refuse_if_never
-from deploy.ledger import Ledger, ReplicaSnapshot
+import numpy as np
+
+from deploy.demand import blocks_needed, refuse_if_never
+from deploy.ledger import EVERY_ROW, Ledger, ReplicaSnapshot
 from deploy.messages import CapacityReport, Decision, Demand, Placement, Refusal
-from deploy.placement import POLICIES, Candidate, Policy
+from deploy.placement import POLICIES, Candidates, Policy
+from deploy.queue import LONG, SHORT, Claims, Queue, Waiting
 from deploy.settings import CoordinatorSettings
 
 REJECTION_REASONS = ("over_max_model_len", "over_kv_pool", "queue_full", "queue_deadline", "no_replica")
-SHORT, LONG = "short", "long"
 
 WAIT_BUCKETS_SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 RELEASE_WINDOW_SECONDS = 30.0
 LONGEST_RETRY_AFTER_SECONDS = 120
+LEASE_CHECK_SECONDS = 1.0
 
 
 @dataclass
@@ -70,8 +73,9 @@ class Admission:
         self._settings = settings
         self._rng = rng or random.Random()
         self._ledger = Ledger(settings.lease_seconds, settings.stale_report_seconds, settings.watermark_blocks)
-        self._queue: list[_Waiting] = []
+        self._queue = Queue()
         self._releases = _ReleaseRate()
+        self._leases_checked_at = -math.inf
         self._placements: dict[str, Counter[str]] = {}
         self._rejections: Counter[str] = Counter()
         self._admissions = 0
@@ -82,13 +86,13 @@ class Admission:
 
         A reservation id is used once; raises ValueError for one that is booked or queued already.
         """
-        if demand.reservation in self._ledger or self._is_queued(demand.reservation):
+        if demand.reservation in self._ledger or demand.reservation in self._queue:
             raise ValueError(f"reservation {demand.reservation} is in use: submit each request under a new id")
         refusal = self._refuse_if_never(demand)
         if refusal is not None:
             return refusal
         waiting = self._waiting(demand, now)
-        bisect.insort(self._queue, waiting, key=_Waiting.order)
+        self._queue.add(waiting)
         placed = self._serve(now, only=waiting)
         if placed:
             return placed[0]
@@ -115,24 +119,26 @@ class Admission:
             reasons = (self._settings.short_placement, self._settings.long_placement)
             self._placements[report.replica] = Counter(dict.fromkeys(reasons, 0))
         if is_new and is_taken:
-            for waiting in list(self._queue):
+            for waiting in self._queue:
                 refusal = self._refuse_if_never(waiting.demand)
                 if refusal is not None:
                     self._queue.remove(waiting)
                     decisions.append(refusal)
-        return decisions + self._serve(now)
+        return decisions + (self._serve(now) if decisions else self._serve_changed(report.replica, now))
 
     def release(self, reservation: str, now: float) -> list[Decision]:
         """The request has ended in whatever way, placed or still queued. Idempotent.
 
         Its blocks count as free only when its replica reports them so.
         """
-        if self._ledger.release(reservation, now):
+        replica = self._ledger.replica_of(reservation)
+        if replica is not None:
+            self._ledger.release(reservation, now)
+            return self._serve_changed(replica, now)
+        waiting = self._queue.get(reservation)
+        if waiting is not None:
+            self._queue.remove(waiting)
             return self._serve(now)
-        for waiting in self._queue:
-            if waiting.demand.reservation == reservation:
-                self._queue.remove(waiting)
-                return self._serve(now)
         return []
 
     def remove_replica(self, replica: str, now: float) -> list[Decision]:
@@ -141,10 +147,17 @@ class Admission:
         self._placements.pop(replica, None)
         return self._serve(now)
 
+    def silent(self, now: float, seconds: float) -> list[str]:
+        """Replicas that nothing was heard of for longer than that."""
+        table = self._ledger.table
+        return [table.names[row] for row in np.flatnonzero(now - table.heard_at > seconds)]
+
     def tick(self, now: float) -> list[Decision]:
         """What time alone changes: leases, deadlines. Call it a few times a second."""
-        self._ledger.expire(now)
-        decisions: list[Decision] = list(self._serve(now))
+        if now - self._leases_checked_at >= LEASE_CHECK_SECONDS:
+            self._leases_checked_at = now
+            self._ledger.expire(now)
+        decisions = self._serve(now)
         deadline = self._settings.queue_deadline_seconds
         for waiting in [w for w in self._queue if now - w.since >= deadline]:
             self._queue.remove(waiting)
@@ -157,7 +170,7 @@ class Admission:
         return FleetSnapshot(
             replicas=self._ledger.snapshot(now),
             queue_length={kind: lengths[kind] for kind in (SHORT, LONG)},
-            queued_blocks=sum(waiting.blocks for waiting in self._queue),
+            queued_blocks=self._queue.blocks,
             waits={kind: histogram.copy() for kind, histogram in self._waits.items()},
             admissions=self._admissions,
             placements={replica: dict(counts) for replica, counts in self._placements.items()},
@@ -167,107 +180,106 @@ class Admission:
             released_blocks_per_second=self._releases.per_second(now),
         )
 
-    def _is_queued(self, reservation: str) -> bool:
-        return any(waiting.demand.reservation == reservation for waiting in self._queue)
-
     # -- the queue ---------------------------------------------------------------------------------------
 
-    def _serve(self, now: float, only: "_Waiting | None" = None) -> list[Decision]:
+    def _serve(self, now: float, rows: slice = EVERY_ROW, only: Waiting | None = None) -> list[Decision]:
         """Place whoever can be placed, in order; with `only` at most that one.
 
-        A request that does not fit waits for every replica on which it could ever fit: nobody behind it in
-        its class may take headroom there, or a large request would starve behind smaller ones. The classes
-        do not wait for each other, with one exception: when a long request has waited for half of its
-        deadline, the replica that is closest to fitting it takes no short ones from behind it, unless it is
-        the only one.
+        `rows` are the replicas that may have gained headroom since the last call; on the others nobody who waits
+        can be placed. A request that does not fit waits for every replica on which it could ever fit (`Claims`).
+        The classes do not wait for each other, with one exception: when a long request has waited for half of its
+        deadline, the replica that is closest to fitting it takes no short ones from behind it, unless it is the
+        only one.
         """
         self._releases.observe(self._ledger.ended_blocks, now)
+        table = self._ledger.table
         decisions: list[Decision] = []
-        claimed: dict[str, set[str]] = {SHORT: set(), LONG: set()}
-        set_aside = False
-        for waiting in list(self._queue):
-            taken = claimed[waiting.kind]
-            if len(taken) == len(self._ledger.replicas) and waiting is not only:
-                continue
-            if only is None or waiting is only:
-                placement = self._place(waiting, taken, now)
+        claims = {kind: Claims(table, rows) for kind in (SHORT, LONG)} if len(self._queue) else {}
+        half_deadline = self._settings.queue_deadline_seconds / 2
+        closed_to_short: int | None = None
+        for waiting in self._queue:
+            claimed = claims[waiting.kind]
+            needs = waiting.needs(table)
+            if (only is None or waiting is only) and claimed.leave_any_to(needs):
+                closed = closed_to_short if waiting.kind == SHORT else None
+                placement = self._place(waiting, rows, claimed, closed, now)
                 if placement is not None:
                     decisions.append(placement)
                     continue
-                if waiting is only:
-                    break
-            taken |= self._could_fit(waiting.demand)
-            half_deadline = self._settings.queue_deadline_seconds / 2
-            if waiting.kind == LONG and not set_aside and now - waiting.since >= half_deadline:
-                set_aside = True
-                claimed[SHORT] |= self._closest(self._could_fit(waiting.demand), now)
+            if waiting is only:
+                break
+            if waiting.kind == LONG and closed_to_short is None and now - waiting.since >= half_deadline:
+                closed_to_short = self._closest(needs, now)
+            claimed.add(needs)
+            if all(one.cover_all for one in claims.values()):
+                break
         return decisions
 
-    def _place(self, waiting: "_Waiting", taken: set[str], now: float) -> Placement | None:
-        demand = waiting.demand
-        candidates = []
-        for replica in self._ledger.fresh(now):
-            headroom = replica.headroom_blocks
-            if headroom <= 0 or replica.report.replica in taken:
-                continue
-            need = blocks_needed(demand, replica.report.limits, replica.report.engine)
-            if need <= headroom and demand.total_tokens <= replica.report.limits.max_model_len:
-                candidates.append(Candidate(replica.report.replica, headroom, need, replica.requests))
-        if not candidates:
+    def _serve_changed(self, replica: str, now: float) -> list[Decision]:
+        """Place whoever can be placed now that one replica has changed: cheap while nobody can."""
+        row = self._ledger.table.row_of.get(replica)
+        decisions = [] if row is None else self._serve(now, slice(row, row + 1))
+        # Who was placed leaves its claims on all other replicas to those behind it.
+        return decisions + self._serve(now) if decisions else []
+
+    def _place(
+        self, waiting: Waiting, rows: slice, claimed: Claims, closed: int | None, now: float
+    ) -> Placement | None:
+        table = self._ledger.table
+        need = np.array(waiting.needs(table))[table.kind[rows]]
+        headroom = table.headroom[rows]
+        fits = headroom >= need
+        if not fits.any():
             return None
+        fits &= self._ledger.fresh(now, rows) & claimed.open()
+        first_row = rows.start or 0
+        if closed is not None and 0 <= closed - first_row < len(fits):
+            fits[closed - first_row] = False
+        found = np.flatnonzero(fits)
+        if not len(found):
+            return None
+        candidates = Candidates(headroom[found], need[found], table.requests[rows][found])
         name = self._settings.short_placement if waiting.kind == SHORT else self._settings.long_placement
         policy: Policy = POLICIES[name]
         chosen = policy(candidates, self._rng)
-        self._ledger.book(demand.reservation, chosen.replica, chosen.need_blocks, now)
+        replica = table.names[first_row + found[chosen]]
+        self._ledger.book(waiting.demand.reservation, replica, int(candidates.need_blocks[chosen]), now)
         self._queue.remove(waiting)
         self._admissions += 1
-        self._placements[chosen.replica][name] += 1
+        self._placements[replica][name] += 1
         self._waits[waiting.kind].observe(now - waiting.since)
-        return Placement(demand.reservation, chosen.replica, name)
+        return Placement(waiting.demand.reservation, replica, name)
 
-    def _could_fit(self, demand: Demand) -> set[str]:
-        """Replicas that could take the request if they were empty."""
-        watermark = self._settings.watermark_blocks
-        return {
-            name
-            for name, replica in self._ledger.replicas.items()
-            if can_ever_fit(demand, replica.report.limits, replica.report.engine, watermark)
-        }
+    def _closest(self, needs: tuple[int, ...], now: float) -> int | None:
+        """The row of most headroom that could ever take it; None where it is the only one that takes requests."""
+        table = self._ledger.table
+        fresh = self._ledger.fresh(now)
+        able = np.flatnonzero(fresh & (table.usable >= np.array(needs)[table.kind]))
+        if fresh.sum() < 2 or not len(able):
+            return None
+        return int(able[table.headroom[able].argmax()])
 
-    def _closest(self, replicas: set[str], now: float) -> set[str]:
-        """The fresh one of most headroom; none where it would be the only replica that takes requests."""
-        fresh = list(self._ledger.fresh(now))
-        able = [replica for replica in fresh if replica.report.replica in replicas]
-        if len(fresh) < 2 or not able:
-            return set()
-        return {max(able, key=lambda replica: replica.headroom_blocks).report.replica}
-
-    def _waiting(self, demand: Demand, now: float) -> "_Waiting":
+    def _waiting(self, demand: Demand, now: float) -> Waiting:
         is_short = demand.total_tokens * demand.sequences <= self._settings.short_request_tokens
-        needs = [
-            blocks_needed(demand, replica.report.limits, replica.report.engine)
-            for replica in self._ledger.replicas.values()
-        ]
-        return _Waiting(
+        return Waiting(
             demand=demand,
             since=now,
             kind=SHORT if is_short else LONG,
             rank=demand.priority * self._settings.aging_seconds + now,
-            blocks=min(needs, default=0),
+            blocks=min((blocks_needed(demand, kind) for kind, _ in self._ledger.table.largest), default=0),
         )
 
     # -- refusals ----------------------------------------------------------------------------------------
 
     def _refuse_if_never(self, demand: Demand) -> Refusal | None:
-        known = [(r.report.limits, r.report.engine) for r in self._ledger.replicas.values()]
-        refusal = refuse_if_never(demand, known, self._settings.watermark_blocks)
+        refusal = refuse_if_never(demand, self._ledger.table.largest)
         if refusal is not None:
             self._rejections[refusal.reason] += 1
         return refusal
 
-    def _refuse_late(self, waiting: "_Waiting", now: float) -> Refusal:
+    def _refuse_late(self, waiting: Waiting, now: float) -> Refusal:
         waited = f"The request waited for {now - waiting.since:.0f} s (queue_deadline_seconds)"
-        if any(True for _ in self._ledger.fresh(now)):
+        if self._ledger.fresh(now).any():
             reason = "queue_deadline"
             message = f"{waited} and {waiting.blocks} KV blocks did not become free: send it again later."
         else:
@@ -275,15 +287,14 @@ class Admission:
             message = f"{waited} and no replica has reported: the fleet is starting or has lost its replicas."
         return self._refuse(waiting, status=503, reason=reason, message=message, now=now)
 
-    def _refuse(self, waiting: "_Waiting", status: int, reason: str, message: str, now: float) -> Refusal:
+    def _refuse(self, waiting: Waiting, status: int, reason: str, message: str, now: float) -> Refusal:
         self._rejections[reason] += 1
-        ahead = sum(other.blocks for other in self._queue)
         return Refusal(
             waiting.demand.reservation,
             status=status,
             reason=reason,
             message=message,
-            retry_after_seconds=self._retry_after(ahead + waiting.blocks, now),
+            retry_after_seconds=self._retry_after(self._queue.blocks + waiting.blocks, now),
         )
 
     def _retry_after(self, blocks: int, now: float) -> int:
@@ -291,23 +302,6 @@ class Admission:
         rate = self._releases.per_second(now)
         seconds = blocks / rate if rate > 0 else self._settings.queue_deadline_seconds
         return min(LONGEST_RETRY_AFTER_SECONDS, max(1, math.ceil(seconds)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Waiting:
-    """A request in the queue."""
-
-    demand: Demand
-    since: float
-    kind: str
-    rank: float
-    """Its place: the lower, the earlier. Every step of priority is worth `aging_seconds` of waiting, so that
-    a low priority delays a request but never starves it. As in vLLM, a lower number is handled earlier."""
-    blocks: int
-    """The least it needs on any known replica; 0 while none is known."""
-
-    def order(self) -> float:
-        return self.rank
 
 
 class _ReleaseRate:

@@ -100,6 +100,5 @@ class Coordinator:
             await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()
             self._deliver(self._admission.tick(now))
-            for known in self._admission.snapshot(now).replicas:
-                if known.report_age_seconds > GONE_AFTER_SECONDS:
-                    self._deliver(self._admission.remove_replica(known.replica, now))
+            for replica in self._admission.silent(now, GONE_AFTER_SECONDS):
+                self._deliver(self._admission.remove_replica(replica, now))

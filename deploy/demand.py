@@ -2,44 +2,40 @@
 
 from collections.abc import Sequence
 
-from deploy.messages import Demand, Refusal, ReplicaLimits
+from deploy.messages import Demand, Refusal
+from deploy.replica_table import ReplicaKind
 from triattention.bounds import blocks_bound
-from triattention.report import EngineReport
+
+NEVER = 2**62
+"""The need of a request that a replica's limits do not allow: more blocks than any pool has."""
 
 
-def blocks_needed(demand: Demand, limits: ReplicaLimits, engine: EngineReport) -> int:
-    """Most blocks that the request ever holds at once on that replica, over all its sequences."""
+def blocks_needed(demand: Demand, kind: ReplicaKind) -> int:
+    """Most blocks that the request ever holds at once on such a replica, over all its sequences."""
     bound = blocks_bound(
         demand.prompt_tokens,
         demand.total_tokens,
-        engine.block_size,
-        limits.compression,
-        engine.in_flight_tokens,
+        kind.block_size,
+        kind.limits.compression,
+        kind.in_flight_tokens,
     )
     return max(1, bound) * demand.sequences
 
 
-def usable_blocks(engine: EngineReport, watermark_blocks: int) -> int:
-    """What one request can have at most on an otherwise empty replica."""
-    return engine.total_blocks - watermark_blocks
+def blocks_wanted(demand: Demand, kind: ReplicaKind) -> int:
+    """`blocks_needed`, or NEVER where `max_model_len` does not allow it."""
+    return NEVER if demand.total_tokens > kind.limits.max_model_len else blocks_needed(demand, kind)
 
 
-def can_ever_fit(demand: Demand, limits: ReplicaLimits, engine: EngineReport, watermark_blocks: int) -> bool:
-    if demand.total_tokens > limits.max_model_len:
-        return False
-    return blocks_needed(demand, limits, engine) <= usable_blocks(engine, watermark_blocks)
-
-
-def refuse_if_never(
-    demand: Demand, replicas: Sequence[tuple[ReplicaLimits, EngineReport]], watermark_blocks: int
-) -> Refusal | None:
+def refuse_if_never(demand: Demand, replicas: Sequence[tuple[ReplicaKind, int]]) -> Refusal | None:
     """A 400 that names the limit when no known replica could ever take the request, else None.
 
-    Without any known replica nothing is known of the limits, so nothing is refused.
+    `replicas` are the known kinds, each with the blocks that its largest pool can give to one request. Without any,
+    nothing is known of the limits, so nothing is refused.
     """
-    if not replicas or any(can_ever_fit(demand, *replica, watermark_blocks) for replica in replicas):
+    if not replicas or any(blocks_wanted(demand, kind) <= usable for kind, usable in replicas):
         return None
-    longest = max(limits.max_model_len for limits, _ in replicas)
+    longest = max(kind.limits.max_model_len for kind, _ in replicas)
     if demand.total_tokens > longest:
         output = demand.total_tokens - demand.prompt_tokens
         return Refusal(
@@ -55,9 +51,9 @@ def refuse_if_never(
     # Refused by the pool: of the replicas whose length limit allows it, name the one that comes closest.
     need, usable = min(
         (
-            (blocks_needed(demand, limits, engine), usable_blocks(engine, watermark_blocks))
-            for limits, engine in replicas
-            if demand.total_tokens <= limits.max_model_len
+            (blocks_needed(demand, kind), usable)
+            for kind, usable in replicas
+            if demand.total_tokens <= kind.limits.max_model_len
         ),
         key=lambda pair: pair[0] - pair[1],
     )

@@ -9,16 +9,17 @@ decided in `admission.py`. Plain state and arithmetic: clocks are passed in as s
      reserved: whole bounds of bookings that no report shows yet
 """
 
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deploy.messages import CapacityReport
+from deploy.replica_table import ReplicaKind, ReplicaTable
 from triattention.bounds import blocks_bound
 from triattention.report import EngineReport
 
-# Enough to recognise every late message; bounded so that a fleet that runs for years stays small.
-REMEMBERED_EPOCHS = 4096
+EVERY_ROW = slice(None)
 
 
 @dataclass
@@ -75,8 +76,10 @@ class ReplicaLedger:
         self.bookings: dict[str, Booking] = {}
         self.reserved_blocks = 0
         self.predicted_blocks = 0
+        self.unseen = 0
+        """Bookings that the last report does not show."""
         self._ended: dict[str, float] = {}
-        """Reservation -> when we were told of its end: a report of just before still shows it."""
+        """Reservation -> when we were told of its end, oldest first: a report of just before still shows it."""
 
     @property
     def headroom_blocks(self) -> int:
@@ -86,8 +89,7 @@ class ReplicaLedger:
     @property
     def requests(self) -> int:
         """Running and waiting as reported, and what was sent there since."""
-        unseen = sum(booking.held_blocks is None for booking in self.bookings.values())
-        return self.report.engine.running + max(self.report.engine.waiting, unseen)
+        return self.report.engine.running + max(self.report.engine.waiting, self.unseen)
 
     @property
     def drift_blocks(self) -> int:
@@ -105,12 +107,12 @@ class ReplicaLedger:
     def drop(self, reservation: str) -> int:
         """Take a booking away; how many blocks it promised."""
         booking = self.bookings.pop(reservation)
-        self.reserved_blocks -= booking.reserved_blocks
-        self.predicted_blocks -= booking.predicted_blocks
+        self._count(booking, -1)
         return booking.bound_blocks
 
     def remember_end(self, reservation: str, now: float) -> None:
         """Someone who knows said that this request has ended."""
+        self._ended.pop(reservation, None)
         self._ended[reservation] = now
 
     def observe(self, report: CapacityReport, now: float) -> list[str]:
@@ -129,18 +131,19 @@ class ReplicaLedger:
             if reservation not in self.bookings:
                 self._add(reservation, Booking(self._largest_bound(held), now))
                 strangers.append(reservation)
+        self.reserved_blocks = self.predicted_blocks = self.unseen = 0
         for reservation, booking in self.bookings.items():
             # Not shown any more and not finished: preempted. It will come back for its whole bound.
             booking.held_blocks = report.held_blocks.get(reservation)
             if booking.held_blocks is not None:
                 booking.heard_at = now
-        self.reserved_blocks = sum(b.reserved_blocks for b in self.bookings.values())
-        self.predicted_blocks = sum(b.predicted_blocks for b in self.bookings.values())
+            self._count(booking, +1)
         return strangers
 
     def expired(self, now: float, lease_seconds: float) -> list[str]:
         """Bookings that no report has shown for longer than the lease. Forgets endings of that age, too."""
-        self._ended = {r: at for r, at in self._ended.items() if now - at <= lease_seconds}
+        while self._ended and now - next(iter(self._ended.values())) > lease_seconds:
+            del self._ended[next(iter(self._ended))]
         return [r for r, booking in self.bookings.items() if now - booking.heard_at > lease_seconds]
 
     def snapshot(self, now: float, stale_seconds: float) -> ReplicaSnapshot:
@@ -163,8 +166,14 @@ class ReplicaLedger:
 
     def _add(self, reservation: str, booking: Booking) -> None:
         self.bookings[reservation] = booking
-        self.reserved_blocks += booking.reserved_blocks
-        self.predicted_blocks += booking.predicted_blocks
+        self._count(booking, +1)
+
+    def _count(self, booking: Booking, sign: int) -> None:
+        if booking.held_blocks is None:
+            self.reserved_blocks += sign * booking.bound_blocks
+            self.unseen += sign
+        else:
+            self.predicted_blocks += sign * booking.predicted_blocks
 
     def _largest_bound(self, held_blocks: int) -> int:
         engine, limits = self.report.engine, self.report.limits
@@ -181,13 +190,16 @@ class Ledger:
         self.stale_report_seconds = stale_report_seconds
         self.watermark_blocks = watermark_blocks
         self.replicas: dict[str, ReplicaLedger] = {}
+        self.table = ReplicaTable()
+        """The same replicas as columns, kept up to date with every change: what placement looks at."""
         self.lease_expirations = 0
         self.reports_ignored = 0
         self.ended_blocks = 0
         """Bounds of all bookings that ended: what the release rate is measured on."""
         self._replica_of: dict[str, str] = {}
-        self._past_epochs: deque[tuple[str, str]] = deque(maxlen=REMEMBERED_EPOCHS)
-        self._removed: dict[tuple[str, str], float] = {}
+        self._past: dict[tuple[str, str], float] = {}
+        """(replica, epoch) -> when a later epoch or the replica's removal ended it. Its late reports are ignored
+        for one lease, and not for ever: who wrongly counts as past gets back in."""
 
     def __contains__(self, reservation: str) -> bool:
         return reservation in self._replica_of
@@ -199,9 +211,11 @@ class Ledger:
         """
         known = self.replicas.get(report.replica)
         origin = (report.replica, report.epoch)
-        is_past = origin in self._past_epochs or origin in self._removed
-        if known is None and not is_past:
+        is_past = origin in self._past
+        is_new = known is None and not is_past
+        if is_new:
             known = self.replicas[report.replica] = ReplicaLedger(report, now, self.watermark_blocks)
+            self.table.add(report.replica)
             is_newer = True
         else:
             is_newer = known is not None and not is_past and self._is_newer(report, known.report)
@@ -212,18 +226,28 @@ class Ledger:
         if known is None or not is_newer:
             self.reports_ignored += 1
             return False
+        if is_new or report.epoch != known.report.epoch:
+            usable = report.engine.total_blocks - self.watermark_blocks
+            self.table.set_kind(report.replica, ReplicaKind.of(report), usable)
         if report.epoch != known.report.epoch:
             # A new engine holds nothing of the old one's; what it already shows did reach the new one.
-            self._past_epochs.append((report.replica, known.report.epoch))
+            self._past[report.replica, known.report.epoch] = now
             for reservation in [r for r in known.bookings if r not in report.held_blocks]:
                 self._drop(reservation)
         for stranger in known.observe(report, now):
             self._replica_of[stranger] = report.replica
+        self._show(known)
         return True
 
     def book(self, reservation: str, replica: str, bound_blocks: int, now: float) -> None:
-        self.replicas[replica].book(reservation, bound_blocks, now)
+        known = self.replicas[replica]
+        known.book(reservation, bound_blocks, now)
         self._replica_of[reservation] = replica
+        self._show(known)
+
+    def replica_of(self, reservation: str) -> str | None:
+        """Where it is booked; None where it is not."""
+        return self._replica_of.get(reservation)
 
     def release(self, reservation: str, now: float) -> bool:
         """End a booking that someone says is over; False, and no harm, where there is none."""
@@ -241,27 +265,33 @@ class Ledger:
             return
         for reservation in list(known.bookings):
             self._drop(reservation)
-        self._removed[replica, known.report.epoch] = now
+        self._past[replica, known.report.epoch] = now
+        self.table.remove(replica)
         del self.replicas[replica]
 
     def expire(self, now: float) -> None:
         """Drop the bookings whose lease has run out. Should one show up after all, it is a stranger then."""
-        self._removed = {origin: at for origin, at in self._removed.items() if now - at <= self.lease_seconds}
+        self._past = {origin: at for origin, at in self._past.items() if now - at <= self.lease_seconds}
         for known in self.replicas.values():
             for reservation in known.expired(now, self.lease_seconds):
                 self._drop(reservation)
                 self.lease_expirations += 1
 
-    def fresh(self, now: float) -> Iterator[ReplicaLedger]:
-        """Replicas heard of lately. The others may be idle or full, so nothing new goes there."""
-        return (r for r in self.replicas.values() if r.age_seconds(now) <= self.stale_report_seconds)
+    def fresh(self, now: float, rows: slice = EVERY_ROW) -> NDArray[np.bool_]:
+        """Which replicas were heard of lately. The others may be idle or full, so nothing new goes there."""
+        return now - self.table.heard_at[rows] <= self.stale_report_seconds
 
     def snapshot(self, now: float) -> tuple[ReplicaSnapshot, ...]:
         names = sorted(self.replicas)
         return tuple(self.replicas[name].snapshot(now, self.stale_report_seconds) for name in names)
 
     def _drop(self, reservation: str) -> None:
-        self.ended_blocks += self.replicas[self._replica_of.pop(reservation)].drop(reservation)
+        known = self.replicas[self._replica_of.pop(reservation)]
+        self.ended_blocks += known.drop(reservation)
+        self._show(known)
+
+    def _show(self, known: ReplicaLedger) -> None:
+        self.table.update(known.report.replica, known.headroom_blocks, known.requests, known.reported_at)
 
     @staticmethod
     def _is_newer(report: CapacityReport, last: CapacityReport) -> bool:

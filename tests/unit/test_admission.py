@@ -327,6 +327,14 @@ def test_a_removed_replica_gets_nothing_and_its_requests_are_forgotten():
     assert core.submit(long_request("next"), 1) is None
 
 
+def test_silent_replicas_are_named():
+    core = admission()
+    core.observe(report("a"), 0)
+    core.observe(report("b"), 100)
+    assert core.silent(119, seconds=120) == []
+    assert core.silent(121, seconds=120) == ["a"]
+
+
 def test_a_restarted_engine_starts_with_nothing_reserved():
     core = admission()
     core.observe(report(), 0)

@@ -1,4 +1,5 @@
-"""A state machine against the ledger: reports late, twice and lost, engines that restart, releases at any time.
+"""A state machine against the ledger: reports late, twice and lost, releases at any time, and engines and the
+coordinator restart.
 
 The machine plays the engines, so it knows the truth: a replica's true headroom is its pool less the bounds of
 all requests that run there or are on their way. The ledger may be below it. It may be above it only by
@@ -41,7 +42,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.now = 0.0
-        self.ledger = Ledger(lease_seconds=LEASE, stale_report_seconds=2, watermark_blocks=0)
+        self.ledger = self.new_ledger()
         self.engines = {name: Engine() for name in NAMES}
         self.living: dict[str, Request] = {}
         """On their way or in an engine."""
@@ -52,6 +53,13 @@ class LedgerMachine(RuleBasedStateMachine):
         for name in NAMES:
             self.ledger.observe(self.make_report(name), self.now)
 
+    def new_ledger(self) -> Ledger:
+        return Ledger(lease_seconds=LEASE, stale_report_seconds=2, watermark_blocks=0)
+
+    def bookings(self, name: str) -> set[str]:
+        known = self.ledger.replicas.get(name)
+        return set() if known is None else set(known.bookings)
+
     def make_report(self, name: str) -> CapacityReport:
         engine = self.engines[name]
         engine.sequence += 1
@@ -61,20 +69,25 @@ class LedgerMachine(RuleBasedStateMachine):
         return replace(made, engine=replace(made.engine, free_blocks=TOTAL - sum(held.values())))
 
     def deliver(self, made: CapacityReport) -> None:
-        before = set(self.ledger.replicas[made.replica].bookings)
-        is_new_epoch = made.epoch != self.ledger.replicas[made.replica].report.epoch
+        before = self.bookings(made.replica)
+        known = self.ledger.replicas.get(made.replica)
+        is_new_epoch = known is not None and made.epoch != known.report.epoch
         taken = self.ledger.observe(made, self.now)
-        dropped = before - set(self.ledger.replicas[made.replica].bookings)
+        after = self.bookings(made.replica)
         if taken and is_new_epoch:
-            self.given_up |= dropped
+            self.given_up |= before - after
         else:
-            assert dropped <= set(made.finished), "a report without a new epoch drops only what it calls finished"
+            assert before - after <= set(made.finished), (
+                "a report without a new epoch drops only what it calls finished"
+            )
+        # A request that outlived its booking is booked again, and with no less than it may come to hold.
+        self.given_up -= after - before
 
     # -- what happens to requests --------------------------------------------------------------------
 
     @rule(name=st.sampled_from(NAMES), bound=st.integers(1, 25))
     def place(self, name: str, bound: int) -> None:
-        if self.ledger.replicas[name].headroom_blocks < bound:
+        if name not in self.ledger.replicas or self.ledger.replicas[name].headroom_blocks < bound:
             return
         self.names += 1
         reservation = f"r{self.names}"
@@ -117,6 +130,18 @@ class LedgerMachine(RuleBasedStateMachine):
         self.engines[name] = Engine(epoch=self.engines[name].epoch + 1)
         self.living = {r: q for r, q in self.living.items() if q.replica != name or not q.arrived}
 
+    @rule()
+    def restart_coordinator(self) -> None:
+        """It knows nothing until the replicas report: what no report shows is lost to it."""
+        self.ledger = self.new_ledger()
+        self.given_up |= set(self.living)
+
+    @rule(name=st.sampled_from(NAMES))
+    def take_a_silent_replica_out(self, name: str) -> None:
+        self.given_up |= self.bookings(name)
+        self.ledger.remove(name, self.now)
+        assert name not in self.ledger.replicas
+
     @rule(seconds=st.floats(0.1, 8))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -158,6 +183,14 @@ class LedgerMachine(RuleBasedStateMachine):
         assert len(self.ledger._replica_of) == sum(len(k.bookings) for k in self.ledger.replicas.values())
 
     @invariant()
+    def the_columns_that_placement_compares_show_the_same(self) -> None:
+        table = self.ledger.table
+        assert table.names == list(self.ledger.replicas)
+        for row, known in enumerate(self.ledger.replicas.values()):
+            assert (table.headroom[row], table.requests[row]) == (known.headroom_blocks, known.requests)
+            assert known.unseen == sum(b.held_blocks is None for b in known.bookings.values())
+
+    @invariant()
     def headroom_is_never_above_the_truth_by_more_than_what_was_given_up(self) -> None:
         for name, known in self.ledger.replicas.items():
             if known.report.epoch != str(self.engines[name].epoch):
@@ -169,8 +202,9 @@ class LedgerMachine(RuleBasedStateMachine):
         """Once all has ended and a lease has passed, the pools are whole whatever was lost on the way."""
         self.living.clear()
         self.now += LEASE + 1
+        self.ledger.expire(self.now)
         for name in NAMES:
-            self.ledger.observe(self.make_report(name), self.now)
+            assert self.ledger.observe(self.make_report(name), self.now)
         self.ledger.expire(self.now)
         for known in self.ledger.replicas.values():
             assert known.bookings == {}

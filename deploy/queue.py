@@ -1,0 +1,100 @@
+"""Those who wait for a replica: their order, and what each keeps from those behind it. Decides nothing.
+
+Walking the queue costs a few comparisons per waiting request, whatever the number of replicas: of one kind of
+replica a request that waits claims those with at least so many usable blocks, so the smallest need per kind says all.
+"""
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.demand import NEVER, blocks_wanted
+from deploy.messages import Demand
+from deploy.replica_table import ReplicaTable
+
+SHORT, LONG = "short", "long"
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A request in the queue."""
+
+    demand: Demand
+    since: float
+    kind: str
+    """SHORT or LONG."""
+    rank: float
+    """Its place: the lower, the earlier. Every step of priority is worth `aging_seconds` of waiting, so that
+    a low priority delays a request but never starves it. As in vLLM, a lower number is handled earlier."""
+    blocks: int
+    """The least it needs on any known replica; 0 while none is known."""
+    _needs: tuple[int, ...] = ()
+
+    def needs(self, table: ReplicaTable) -> tuple[int, ...]:
+        """Blocks it needs on each of `table.kinds`; NEVER where the limits do not allow it."""
+        if len(self._needs) < len(table.kinds):
+            self._needs = tuple(blocks_wanted(self.demand, kind) for kind in table.kinds)
+        return self._needs
+
+
+class Queue:
+    """Waiting requests by rank. Iterating goes over a copy, so that those met can be removed."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        """What they need together."""
+        self._ranked: list[Waiting] = []
+        self._by_reservation: dict[str, Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._ranked)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._ranked.copy())
+
+    def __contains__(self, reservation: str) -> bool:
+        return reservation in self._by_reservation
+
+    def get(self, reservation: str) -> Waiting | None:
+        return self._by_reservation.get(reservation)
+
+    def add(self, waiting: Waiting) -> None:
+        bisect.insort(self._ranked, waiting, key=lambda other: other.rank)
+        self._by_reservation[waiting.demand.reservation] = waiting
+        self.blocks += waiting.blocks
+
+    def remove(self, waiting: Waiting) -> None:
+        self._ranked.remove(waiting)
+        del self._by_reservation[waiting.demand.reservation]
+        self.blocks -= waiting.blocks
+
+
+class Claims:
+    """What the waiting requests of one class have claimed so far, of the replicas in `rows`.
+
+    A request that waits claims every replica on which it could ever fit: nobody behind it in its class may take
+    headroom there, or a large request would starve behind smaller ones.
+    """
+
+    def __init__(self, table: ReplicaTable, rows: slice) -> None:
+        self._kind = table.kind[rows]
+        self._usable = table.usable[rows]
+        self._smallest_needs = (NEVER,) * len(table.kinds)
+        self.cover_all = len(self._kind) == 0
+
+    def leave_any_to(self, needs: tuple[int, ...]) -> bool:
+        """Is there a replica, full or not, that a request of these needs may take?"""
+        return not self.cover_all and any(n < claimed for n, claimed in zip(needs, self._smallest_needs, strict=True))
+
+    def open(self) -> NDArray[np.bool_]:
+        """Which of the rows nobody has claimed."""
+        return self._usable < np.array(self._smallest_needs)[self._kind]
+
+    def add(self, needs: tuple[int, ...]) -> None:
+        smallest = tuple(map(min, needs, self._smallest_needs))
+        if smallest != self._smallest_needs:
+            self._smallest_needs = smallest
+            self.cover_all = not self.open().any()

@@ -1,0 +1,95 @@
+"""The replicas as a table of columns, one row each: what placement compares, in one numpy operation for all of them.
+
+Written by the ledger alone, after every change to a replica; holds nothing that the ledger does not know better.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.messages import CapacityReport, ReplicaLimits
+
+_ROW = np.dtype(
+    [
+        ("kind", np.intp),
+        ("usable", np.int64),
+        ("headroom", np.int64),
+        ("requests", np.int64),
+        ("heard_at", np.float64),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ReplicaKind:
+    """All that a request's need in blocks depends on: replicas of one kind need the same, whatever their pools."""
+
+    limits: ReplicaLimits
+    block_size: int
+    in_flight_tokens: int
+
+    @classmethod
+    def of(cls, report: CapacityReport) -> "ReplicaKind":
+        return cls(report.limits, report.engine.block_size, report.engine.in_flight_tokens)
+
+
+class ReplicaTable:
+    """Columns are aligned with `names`; blocks are each replica's own, times in seconds."""
+
+    names: list[str]
+    row_of: dict[str, int]
+    kind: NDArray[np.intp]
+    """Index into `kinds`."""
+    usable: NDArray[np.int64]
+    """Blocks that one request can have at most: all of the pool but the watermark."""
+    headroom: NDArray[np.int64]
+    requests: NDArray[np.int64]
+    """Running, waiting, and booked but not yet seen."""
+    heard_at: NDArray[np.float64]
+
+    def __init__(self) -> None:
+        self.kinds: list[ReplicaKind] = []
+        """Every kind that was ever seen: there are as many as engine settings, not as replicas."""
+        self.largest: list[tuple[ReplicaKind, int]] = []
+        """The kinds that are there now, each with the usable blocks of its largest pool."""
+        self._set([], np.zeros(0, _ROW))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, replica: str) -> None:
+        self._set([*self.names, replica], np.append(self._rows, np.zeros(1, _ROW)))
+
+    def remove(self, replica: str) -> None:
+        row = self.row_of[replica]
+        self._set(self.names[:row] + self.names[row + 1 :], np.delete(self._rows, row))
+        self._find_largest()
+
+    def set_kind(self, replica: str, kind: ReplicaKind, usable_blocks: int) -> None:
+        """What holds for as long as an engine lives."""
+        if kind not in self.kinds:
+            self.kinds.append(kind)
+        row = self.row_of[replica]
+        self.kind[row] = self.kinds.index(kind)
+        self.usable[row] = usable_blocks
+        self._find_largest()
+
+    def update(self, replica: str, headroom_blocks: int, requests: int, heard_at: float) -> None:
+        row = self.row_of[replica]
+        self.headroom[row] = headroom_blocks
+        self.requests[row] = requests
+        self.heard_at[row] = heard_at
+
+    def _set(self, names: list[str], rows: NDArray[np.void]) -> None:
+        self.names = names
+        self.row_of = {name: row for row, name in enumerate(names)}
+        self._rows = rows
+        # Views: writing to a column writes to the table.
+        self.kind, self.usable, self.headroom = rows["kind"], rows["usable"], rows["headroom"]
+        self.requests, self.heard_at = rows["requests"], rows["heard_at"]
+
+    def _find_largest(self) -> None:
+        self.largest = [
+            (self.kinds[kind], int(self.usable[self.kind == kind].max())) for kind in np.unique(self.kind).tolist()
+        ]
