@@ -10,6 +10,8 @@ from rich.table import Table
 
 app = typer.Typer(help="Measure what the README states.", no_args_is_help=True)
 
+LOCAL = Path(__file__).parents[1] / "deploy" / "configs" / "local.yaml"
+Settings = Annotated[Path, typer.Option("--file", "-f", help="the fleet's settings")]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the figures")]
 
 
@@ -90,9 +92,7 @@ def engine(
 @app.command()
 def http(
     json_path: Json = None,
-    file: Annotated[Path, typer.Option("--file", "-f", help="the fleet's settings; one replica of it is used")] = Path(
-        "deploy/configs/local.yaml"
-    ),
+    file: Settings = LOCAL,
     rounds: Annotated[int, typer.Option(min=2, help="rounds of streams a side")] = 7,
 ) -> None:
     """vLLM's own server against one replica behind the fleet's endpoint: tokens per second, time to first token."""
@@ -115,6 +115,37 @@ def http(
         f"added to the first token alone, median {figures['added_ttft_ms_p50']:.1f} ms"
     )
     _report(table, figures, json_path)
+
+
+@app.command()
+def soak(
+    json_path: Json = None,
+    minutes: Annotated[float, typer.Option(min=0.2, help="how long the load goes on")] = 60.0,
+    file: Settings = LOCAL,
+) -> None:
+    """A mixed load with clients that leave and requests to be refused: memory, open files and blocks must not grow."""
+    from benchmarks.soak import bench_soak
+
+    figures = bench_soak(file, minutes)
+    table = Table(title=f"{figures['requests']:,} requests in {figures['minutes']:.1f} minutes")
+    for heading in ("process", "MB at the end", "most", "MB an hour", "open files"):
+        table.add_column(heading, justify="left" if heading == "process" else "right")
+    for name, row in figures["processes"].items():
+        table.add_row(
+            name,
+            f"{row['rss_mb_last']:,.0f}",
+            f"{row['rss_mb_most']:,.0f}",
+            f"{row['rss_slope_mb_per_hour']:+,.1f}",
+            f"{row['open_files_first']} to {row['open_files_last']}",
+        )
+    table.caption = (
+        f"{figures['errors']} errors, {figures['leaked_blocks']} leaked blocks, "
+        f"{figures['leaked_reservations']} leaked reservations, {figures['metrics_series_first']} to "
+        f"{figures['metrics_series_last']} series on /metrics"
+    )
+    _report(table, figures, json_path)
+    if figures["errors"] or figures["leaked_blocks"] or figures["leaked_reservations"]:
+        raise typer.Exit(1)
 
 
 def _report(table: Table, figures: dict[str, Any], json_path: Path | None) -> None:
