@@ -5,14 +5,13 @@ Owns the waiting futures, the clock, and the counts that the router brings; ever
 """
 
 import asyncio
-import json
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from deploy.admission import Admission, FleetSnapshot
 from deploy.messages import CapacityReport, Decision, Demand
-from deploy.metrics import render
+from deploy.metrics import as_json, render
 from deploy.settings import CoordinatorSettings
 
 NAME = "coordinator"
@@ -73,7 +72,7 @@ class Coordinator:
 
     async def status(self) -> bytes:
         """The fleet as JSON."""
-        return json.dumps(asdict(self._snapshot()), default=lambda value: value.model_dump(mode="json")).encode()
+        return as_json(self._snapshot(), self._model)
 
     def _snapshot(self) -> FleetSnapshot:
         snapshot = self._admission.snapshot(time.monotonic())

@@ -5,8 +5,9 @@ Labels are `model`, `replica`, `reason` and `class`; never a request, so the num
 the number of replicas. An engine that starts anew starts its counters anew, as Prometheus expects of one.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Literal
 
@@ -207,6 +208,12 @@ def render(snapshot: FleetSnapshot, model: str) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(FleetCollector(model, lambda: snapshot))
     return generate_latest(registry)
+
+
+def as_json(snapshot: FleetSnapshot, model: str) -> bytes:
+    """The same snapshot whole, for the fleet page and `trifleet status`."""
+    values = {"model": model, **asdict(snapshot)}
+    return json.dumps(values, default=lambda value: value.model_dump(mode="json")).encode()
 
 
 def _family(metric: Descriptor, samples: Iterable[tuple[tuple[str, ...], float]]) -> Metric:

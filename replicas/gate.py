@@ -24,6 +24,18 @@ DISCONNECT_SECONDS = 5.0
 class Page:
     media_type: str
     render: Callable[[], Awaitable[bytes]]
+    html: Callable[[], bytes] | None = None
+    """What a browser gets instead, one self-contained document; it asks for the other form itself."""
+
+
+# The document may run what it brings along and ask the fleet, and nothing else.
+_HTML_HEADERS = {
+    "vary": "Accept",
+    "content-security-policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+}
 
 
 _KIND_OF_PATH = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
@@ -53,7 +65,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         if scope["method"] == "GET" and (page := self._pages.get(scope["path"])):
-            await (await _render(page))(scope, receive, send)
+            await (await _render(page, MutableHeaders(scope=scope)))(scope, receive, send)
             return
         headers = MutableHeaders(scope=scope)
         reservation = headers.get(RESERVATION)
@@ -111,9 +123,11 @@ def _refuse(answer: Answer) -> Response:
     return Response(json.dumps(answer.body()), answer.status, headers, media_type="application/json")
 
 
-async def _render(page: Page) -> Response:
+async def _render(page: Page, headers: MutableHeaders) -> Response:
+    if page.html is not None and "text/html" in headers.get("accept", ""):
+        return Response(page.html(), headers=_HTML_HEADERS, media_type="text/html")
     try:
-        return Response(await page.render(), media_type=page.media_type)
+        return Response(await page.render(), headers={"vary": "Accept"}, media_type=page.media_type)
     except Exception:
         # Whatever keeps the coordinator or another replica from answering, a scrape gets a sentence and not a trace.
         answer = Answer(503, "service_unavailable", "The coordinator does not answer now: ask again in a second.")

@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from starlette.types import ASGIApp
 
 from replicas.exposition import merged
+from replicas.fleet_page import fleet_page
 from replicas.gate import Gate, Page
 from replicas.messages import CapacityReport, ReplicaLimits
 from replicas.reporter import Reporter
@@ -66,7 +67,7 @@ class Replica:
         pages = {
             "/metrics": Page(PROMETHEUS, lambda: self._ask("metrics")),
             "/metrics/engines": Page(PROMETHEUS, self._all_engines_metrics),
-            "/fleet": Page("application/json", lambda: self._ask("status")),
+            "/fleet": Page("application/json", lambda: self._ask("status"), fleet_page),
         }
         return Gate(self._engine.app, reporter, pages)
 

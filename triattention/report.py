@@ -8,6 +8,9 @@ REPORT_KEY = "triattention"
 COMPACTION_BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 """Upper bounds of the compaction-time histogram; one more bucket holds what took longer."""
 
+FIRST_COMPACTION_BUCKETS_SECONDS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+"""The same for the time from a request's arrival to its first compaction."""
+
 
 @dataclass(frozen=True)
 class EngineReport:
@@ -28,6 +31,8 @@ class EngineReport:
     stranded_slots: int = 0
     """Live slots lost to alignment after the compactions so far: 0 by construction, reported to prove it."""
     peak_blocks_per_request: int = 0
+    pinned_blocks: int = 0
+    """Held blocks that belong to pinned prompts; such as several requests share count once for each."""
     uncompressed_blocks: int = 0
     """Blocks that the requests which hold any would hold if nothing were ever compacted."""
     generated_tokens: int = 0
@@ -36,6 +41,9 @@ class EngineReport:
     compaction_seconds: float = 0.0
     compaction_counts: tuple[int, ...] = (0,) * (len(COMPACTION_BUCKETS_SECONDS) + 1)
     """Compactions per bucket of COMPACTION_BUCKETS_SECONDS, each counted once."""
+    first_compaction_seconds: float = 0.0
+    first_compaction_counts: tuple[int, ...] = (0,) * (len(FIRST_COMPACTION_BUCKETS_SECONDS) + 1)
+    """First compactions of requests per bucket of FIRST_COMPACTION_BUCKETS_SECONDS, each counted once."""
     held_blocks: dict[str, int] = field(default_factory=dict)
     """vLLM's internal request id -> blocks it holds."""
 
@@ -49,4 +57,5 @@ class EngineReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EngineReport":
         """From a dict that may have been through msgpack or JSON, which know lists but not tuples."""
-        return cls(**{**values, "compaction_counts": tuple(values["compaction_counts"])})
+        counts = {name: tuple(values[name]) for name in ("compaction_counts", "first_compaction_counts")}
+        return cls(**{**values, **counts})

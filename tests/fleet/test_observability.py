@@ -14,7 +14,7 @@ import pytest
 import bundled
 from tests.fleet.conftest import RunningFleet
 from tests.observability.check import check
-from tests.observability.prometheus import PrometheusMissing, tool
+from tests.observability.debian import ProgramMissing, tool
 
 WATCH_SECONDS = 45
 
@@ -32,8 +32,8 @@ def keep_busy(fleet: RunningFleet, stop: threading.Event, number: int) -> None:
 
 def test_every_query_of_every_panel_rule_and_alert_has_data_under_load(fleet: RunningFleet) -> None:
     try:
-        tool("prometheus")
-    except PrometheusMissing as missing:
+        tool("prometheus", "prometheus")
+    except ProgramMissing as missing:
         pytest.skip(str(missing))
     stop = threading.Event()
     users = [threading.Thread(target=keep_busy, args=(fleet, stop, number)) for number in range(8)]

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dashboards.promql import interpolated
-from tests.observability.prometheus import Prometheus, PrometheusMissing, running_prometheus
+from tests.observability.debian import ProgramMissing
+from tests.observability.prometheus import Prometheus, running_prometheus
 from tests.observability.queries import (
     Asked,
     exported_dashboards,
@@ -112,7 +113,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         result = check(arguments.url, arguments.seconds)
-    except PrometheusMissing as missing:
+    except ProgramMissing as missing:
         sys.exit(str(missing))
     arguments.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
     print(

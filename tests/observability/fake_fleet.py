@@ -18,7 +18,7 @@ from deploy.messages import Demand, Placement
 from deploy.metrics import render
 from deploy.settings import CoordinatorSettings
 from tests.unit.reports import BLOCK, compression, report
-from triattention.report import COMPACTION_BUCKETS_SECONDS
+from triattention.report import COMPACTION_BUCKETS_SECONDS, FIRST_COMPACTION_BUCKETS_SECONDS
 
 MODEL = "fake-model"
 TICK_SECONDS = 0.1
@@ -36,6 +36,7 @@ class FakeEngine:
     sequence: int = 0
     held: dict[str, int] = field(default_factory=dict)
     ticks_left: dict[str, int] = field(default_factory=dict)
+    uncompressed: dict[str, int] = field(default_factory=dict)
     counters: dict[str, Any] = field(
         default_factory=lambda: {
             "compactions": 0,
@@ -47,11 +48,15 @@ class FakeEngine:
             "step_seconds": 0.0,
             "compaction_seconds": 0.0,
             "compaction_counts": (0,) * (len(COMPACTION_BUCKETS_SECONDS) + 1),
+            "first_compaction_seconds": 0.0,
+            "first_compaction_counts": (0,) * (len(FIRST_COMPACTION_BUCKETS_SECONDS) + 1),
+            "pinned_blocks": 0,
+            "uncompressed_blocks": 0,
         }
     )
 
     def start(self, reservation: str, ticks: int) -> None:
-        self.held[reservation] = 1
+        self.held[reservation] = self.uncompressed[reservation] = 1
         self.ticks_left[reservation] = ticks
 
     def tick(self) -> tuple[str, ...]:
@@ -60,8 +65,13 @@ class FakeEngine:
         for reservation in self.held:
             self.ticks_left[reservation] -= 1
             self.held[reservation] += 1
+            self.uncompressed[reservation] += 1
             self.counters["generated_tokens"] += BLOCK
             if self.held[reservation] > MOST_LIVE_BLOCKS:
+                if self.uncompressed[reservation] == self.held[reservation]:
+                    self.counters["first_compaction_seconds"] += 1.2
+                    first, second, third, *rest = self.counters["first_compaction_counts"]
+                    self.counters["first_compaction_counts"] = (first, second, third + 1, *rest)
                 self.held[reservation] -= FREED_AT_ONCE
                 self.counters["compactions"] += 1
                 self.counters["compaction_seconds"] += 0.0007
@@ -72,7 +82,9 @@ class FakeEngine:
         self.counters["peak_blocks_per_request"] = max(self.counters["peak_blocks_per_request"], *self.held.values(), 0)
         ended = tuple(reservation for reservation, left in self.ticks_left.items() if left <= 0)
         for reservation in ended:
-            del self.held[reservation], self.ticks_left[reservation]
+            del self.held[reservation], self.ticks_left[reservation], self.uncompressed[reservation]
+        self.counters["pinned_blocks"] = len(self.held)
+        self.counters["uncompressed_blocks"] = sum(self.uncompressed.values())
         self.sequence += 1
         return ended
 

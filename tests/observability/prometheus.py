@@ -1,8 +1,5 @@
 """A real Prometheus for the tests: Debian's package, installed if it may be, on a free port with its own folder."""
 
-import functools
-import os
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -17,39 +14,9 @@ import httpx
 import yaml
 
 from dashboards.catalog import RULES
+from tests.observability.debian import tool
 
 START_SECONDS = 30.0
-
-
-class PrometheusMissing(RuntimeError):
-    """Neither there nor installable; the message says what to do."""
-
-
-@functools.cache
-def tool(name: str) -> str:
-    """Path of `prometheus` or `promtool`. Installs Debian's package if this may be done here."""
-    if found := shutil.which(name):
-        return found
-    wanted = "install Prometheus (on Debian and Ubuntu: apt-get install prometheus) and run the tests again"
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise PrometheusMissing(f"{name} is not on the PATH and cannot be installed from here: {wanted}.")
-    for step in (["update"], ["install", "--yes", "--no-install-recommends", "prometheus"]):
-        done = subprocess.run(
-            ["apt-get", "--quiet", *step],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-        )
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise PrometheusMissing(f"apt-get {step[0]} failed ({last}): {wanted}.")
-    # The package may start its own server; the tests start theirs.
-    if shutil.which("service"):
-        subprocess.run(["service", "prometheus", "stop"], capture_output=True, check=False)
-    found = shutil.which(name)
-    assert found, f"apt-get installed prometheus, but there is no {name}"
-    return found
 
 
 class Prometheus:
@@ -87,7 +54,7 @@ class Prometheus:
 def running_prometheus(metrics_url: str, interval_seconds: int = 1) -> Iterator[Prometheus]:
     """Scrapes the one address, evaluates our rules, and is gone with its data at the end."""
     address = urlsplit(metrics_url)
-    binary = tool("prometheus")
+    binary = tool("prometheus", "prometheus")
     with tempfile.TemporaryDirectory(prefix="trifleet-prometheus-") as folder:
         config = Path(folder, "prometheus.yml")
         config.write_text(
@@ -110,7 +77,7 @@ def running_prometheus(metrics_url: str, interval_seconds: int = 1) -> Iterator[
                 }
             )
         )
-        port = _free_port()
+        port = free_port()
         log = Path(folder, "prometheus.log")
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -137,7 +104,7 @@ def running_prometheus(metrics_url: str, interval_seconds: int = 1) -> Iterator[
             process.wait(timeout=START_SECONDS)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from dashboards.promql import interpolated
-from tests.observability import check, prometheus
+from tests.observability import check, debian
 from tests.observability.check import ask_everything, has_data
 from tests.observability.fake_fleet import MODEL, fake_fleet_server
 from tests.observability.queries import Asked, panel_queries
@@ -57,9 +57,9 @@ def test_a_query_that_prometheus_refuses_is_an_error_and_not_an_empty_panel(watc
 
 
 def test_without_prometheus_and_the_right_to_install_it_there_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(prometheus.shutil, "which", lambda name: None)
-    with pytest.raises(prometheus.PrometheusMissing, match=r"is not on the PATH .* apt-get install prometheus"):
-        prometheus.tool.__wrapped__("prometheus")
+    monkeypatch.setattr(debian.shutil, "which", lambda name: None)
+    with pytest.raises(debian.ProgramMissing, match=r"is not on the PATH .* apt-get install prometheus"):
+        debian.tool.__wrapped__("prometheus", "prometheus")
 
 
 def test_a_replica_that_never_compacts_fails_the_check(watched, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from triattention.bounds import cdiv
-from triattention.report import COMPACTION_BUCKETS_SECONDS, REPORT_KEY, EngineReport
+from triattention.report import COMPACTION_BUCKETS_SECONDS, FIRST_COMPACTION_BUCKETS_SECONDS, REPORT_KEY, EngineReport
 from triattention.vllm.kv_manager import CompactedAttentionManager
 from triattention.vllm.orders import CompactionOrder, attach_orders, seconds_of
 from triattention.vllm.support import check_supported, compression_config, sends_reports
@@ -50,6 +50,8 @@ class CompactionScheduler(AsyncScheduler):
         self.step_seconds = 0.0
         self.compaction_seconds = 0.0
         self.compaction_counts = [0] * (len(COMPACTION_BUCKETS_SECONDS) + 1)
+        self.first_compaction_seconds = 0.0
+        self.first_compaction_counts = [0] * (len(FIRST_COMPACTION_BUCKETS_SECONDS) + 1)
         self.last_update = self.last_idle = time.monotonic()
         self.last_report = float("-inf")
 
@@ -57,10 +59,21 @@ class CompactionScheduler(AsyncScheduler):
         output = super().schedule(*args, **kwargs)
         orders: list[CompactionOrder] = []
         for manager in self.compacted:
+            self._note_first_compactions(manager)
             orders += manager.orders
             manager.orders = []
         attach_orders(output, orders)
         return output
+
+    def _note_first_compactions(self, manager: CompactedAttentionManager) -> None:
+        """Their orders begin where the pinned prompt ends. A resumed request's first is not its first."""
+        for order in manager.orders:
+            request = self.requests[order.request_id]
+            is_first = order.first_dead_block == manager.pinned_blocks(request.num_prompt_tokens)
+            if is_first and request.num_preemptions == 0:
+                seconds = time.time() - request.arrival_time
+                self.first_compaction_seconds += seconds
+                self.first_compaction_counts[bisect_left(FIRST_COMPACTION_BUCKETS_SECONDS, seconds)] += 1
 
     def add_request(self, request: Request) -> None:
         if not self.requests:
@@ -159,6 +172,11 @@ class CompactionScheduler(AsyncScheduler):
             evicted_tokens=sum(manager.evicted_tokens for manager in self.compacted),
             stranded_slots=sum(manager.stranded_slots for manager in self.compacted),
             peak_blocks_per_request=self.peak_blocks_per_request,
+            pinned_blocks=sum(
+                min(manager.held_blocks(request_id), manager.pinned_blocks(self.requests[request_id].num_prompt_tokens))
+                for manager in self.compacted
+                for request_id in manager.req_to_blocks
+            ),
             uncompressed_blocks=sum(
                 cdiv(self.requests[request_id].num_computed_tokens, self.block_size) for request_id in held
             ),
@@ -166,5 +184,7 @@ class CompactionScheduler(AsyncScheduler):
             step_seconds=self.step_seconds,
             compaction_seconds=self.compaction_seconds,
             compaction_counts=tuple(self.compaction_counts),
+            first_compaction_seconds=self.first_compaction_seconds,
+            first_compaction_counts=tuple(self.first_compaction_counts),
             held_blocks=held,
         )
