@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from triattention.kernels.vocabulary import QueryWeights
 from triattention.statistics import QueryStatistics
 
 
@@ -94,6 +95,18 @@ class Scorer:
         self.query_mean = (mean * scales).to(torch.complex64).view(shape)
         # E|q| >= |E q| holds exactly for the sums, but not for their rounded quotients.
         self.spread = ((magnitude - mean.abs()).clamp_min(0) * scales).float().view(shape)
+
+    def query_weights(self, device: torch.device) -> QueryWeights:
+        """The same scores for `triattention.kernels`, which read the keys where they lie."""
+        return QueryWeights(
+            mean_real=self.query_mean.real.contiguous().to(device),
+            mean_imag=self.query_mean.imag.contiguous().to(device),
+            spread=self.spread.to(device),
+            frequencies=self.frequencies,
+            offset_mean=mean_rotation(self.frequencies, 0, self.offsets),
+            rotary_dim=self.rope.rotary_dim,
+            interleaved=self.rope.style == "gptj",
+        )
 
     def raw_scores(self, keys: Tensor, position: int) -> Tensor:
         """S of each query head, fp32 [layers, kv_heads, query heads of the group, tokens].

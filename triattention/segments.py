@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from triattention.compaction import Moves
 from triattention.config import CompressionConfig
 
 
@@ -70,13 +69,18 @@ class SegmentQuota:
         self._live[request_id] = (first_slot, positions)
         return spread_evictions(scores, positions, evictable, dead_slots, self.config.segments).expand(layers, -1, -1)
 
-    def moved(self, request_id: str, moves: Moves, dead_slots: int) -> None:
-        """Follows every `spread`: survivors were copied, and the first `dead_slots` slots are gone."""
+    def moved(self, request_id: str, source: Tensor, target: Tensor) -> None:
+        """Follows every `spread`: survivors were copied, and the dead slots are gone.
+
+        `source`, `target`: int32 [sets, kv_heads, dead slots], a request's part of `triattention.kernels.HoleFills`.
+        """
         first_slot, positions = self._live[request_id]
-        rows = moves.layer < len(positions)  # a set that all layers share moves the same in each
-        layer, head = moves.layer[rows], moves.head[rows]
-        positions[layer, head, moves.target[rows]] = positions[layer, head, moves.source[rows]]
-        self._live[request_id] = (first_slot + dead_slots, positions[..., dead_slots:].clone())
+        tokens, dead_slots = positions.shape[-1], source.shape[-1]
+        survivors = positions.gather(-1, source.clamp_min(0).long())
+        # What is no copy (-1) goes into a spare slot.
+        with_spare = torch.nn.functional.pad(positions, (0, 1))
+        with_spare.scatter_(-1, target.long().masked_fill(target < 0, tokens), survivors)
+        self._live[request_id] = (first_slot + dead_slots, with_spare[..., dead_slots:tokens].clone())
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Requests that ended."""

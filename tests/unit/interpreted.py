@@ -78,10 +78,10 @@ def score(case: Case) -> torch.Tensor:
 
 def score_in_small_pieces(case: Case) -> torch.Tensor:
     """One layer at a time, several tiles per program, several passes per row of scores."""
-    from triattention.kernels import with_triton
+    from triattention.kernels.with_triton import scoring
 
-    with patch.multiple(with_triton, _RAW_BYTES=1, _SCORES_AT_ONCE=64):
-        return with_triton.score(case.keys, case.weights, case.regions, with_triton.Tiling(tile=16, tiles=2))
+    with patch.multiple(scoring, _RAW_BYTES=1, _SCORES_AT_ONCE=64):
+        return scoring.score(case.keys, case.weights, case.regions, scoring.Tiling(tile=16, tiles=2))
 
 
 def key_reads(case: Case) -> torch.Tensor:
@@ -104,10 +104,10 @@ def key_reads(case: Case) -> torch.Tensor:
 
 
 def plan(scores: torch.Tensor, regions: LiveRegions, window: int, shared: bool, at_once: int) -> HoleFills:
-    from triattention.kernels import with_triton
+    from triattention.kernels.with_triton import planning
 
-    with patch.object(with_triton, "_RANKS_AT_ONCE", at_once):
-        return with_triton.plan(scores, regions, window, shared)
+    with patch.object(planning, "_RANKS_AT_ONCE", at_once):
+        return planning.plan(scores, regions, window, shared)
 
 
 def compact(case: Case, fills: HoleFills) -> torch.Tensor:
@@ -116,3 +116,13 @@ def compact(case: Case, fills: HoleFills) -> torch.Tensor:
 
     with_triton.compact(case.keys, case.values, case.regions, fills)
     return case.memory
+
+
+def squeeze(table: torch.Tensor, lengths: torch.Tensor, block_size: int, at_once: int) -> Any:
+    """The squeezed table and the live lengths."""
+    from triattention.kernels.with_triton import squeezing
+
+    squeezed, live = torch.empty_like(table), torch.empty_like(lengths)
+    with patch.object(squeezing, "_IDS_AT_ONCE", at_once):
+        squeezing.squeeze(table, lengths, block_size, squeezed, live)
+    return squeezed, live

@@ -9,8 +9,8 @@ from tests.unit.kernel_cases import Case, make_case, poisoned_outputs, worst_sco
 from tests.unit.tiny_models import random_statistics, yarn
 from triattention import kernels
 from triattention.compaction import hole_fills
-from triattention.kernels import HoleFills, LiveRegion, LiveRegions, PagedCache, QueryWeights
-from triattention.scoring import Scorer, mean_rotation
+from triattention.kernels import HoleFills, LiveRegion, LiveRegions, PagedCache
+from triattention.scoring import Scorer
 from triattention.selection import select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,19 +57,28 @@ def _tiled(layer: torch.Tensor) -> torch.Tensor:
     return tiles.permute(0, 1, 2, 4, 3, 5).contiguous().permute(0, 1, 2, 4, 3, 5)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["per_head", "per_layer_per_head"])
+def test_layers_in_memories_of_their_own_give_the_same_as_layers_in_one(shared: bool) -> None:
+    one = make_case(tokens=(48, 75), dead_slots=(16, 32), layers=3)
+    assert one.keys.all_layers is not None
+    keys, values = (PagedCache(tuple(layer.clone() for layer in cache.layers)) for cache in (one.keys, one.values))
+    assert keys.all_layers is None
+    scores = kernels.score(one.keys, one.weights, one.regions)
+    assert torch.equal(kernels.score(keys, one.weights, one.regions), scores)
+    fills = kernels.plan(scores, one.regions, 8, shared)
+    assert (fills.source >= 0).any()
+    for cache in (one, Case(one.memory, keys, values, one.weights, one.regions)):
+        kernels.compact(cache.keys, cache.values, cache.regions, fills)
+    for layer in range(3):
+        assert torch.equal(keys.layers[layer].view(torch.int16), one.keys.layers[layer].view(torch.int16))
+        assert torch.equal(values.layers[layer].view(torch.int16), one.values.layers[layer].view(torch.int16))
+
+
 def test_scores_are_those_of_the_scorer() -> None:
     statistics = random_statistics(yarn(head_dim=64))
     case = make_case(layers=3, head_dim=64, group=2, tokens=(75,))
     scorer = Scorer(statistics, range(3), range(2))
-    weights = QueryWeights(
-        mean_real=scorer.query_mean.real,
-        mean_imag=scorer.query_mean.imag,
-        spread=scorer.spread,
-        frequencies=scorer.frequencies,
-        offset_mean=mean_rotation(scorer.frequencies, 0),
-        rotary_dim=scorer.rope.rotary_dim,
-        interleaved=scorer.rope.style == "gptj",
-    )
+    weights = scorer.query_weights(torch.device("cpu"))
     [region] = case.regions.regions
     expected = scorer.score(case.keys.gather(torch.tensor(region.block_ids), 75), region.position)
     torch.testing.assert_close(kernels.score(case.keys, weights, case.regions), expected, atol=1e-4, rtol=0)
@@ -179,3 +188,36 @@ def test_layers_that_lie_differently_are_refused() -> None:
     rows = torch.zeros(4, 2, 16, 64)
     with pytest.raises(AssertionError, match="differ"):
         PagedCache.plain([rows, rows.transpose(1, 2).contiguous().transpose(1, 2)])
+
+
+def test_squeezing_drops_only_null_blocks_inside_the_used_part_of_a_row() -> None:
+    def squeeze(table: torch.Tensor, lengths: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        squeezed, live = torch.empty_like(table), torch.empty_like(lengths)
+        kernels.squeeze(table, lengths, block_size, squeezed, live)
+        return squeezed, live
+
+    check_squeeze(squeeze)
+
+
+def check_squeeze(squeeze: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Rows with and without nulls, padded rows, tails of zeros and of stale ids: against plain lists."""
+    rows = [
+        ([5, 0, 0, 7, 8], 18),
+        ([1, 2, 3], 11),
+        ([0, 0, 4], 9),
+        ([9], 1),
+        ([], 0),
+        (list(range(1, 41)), 160),
+        ([*range(50, 60), *[0] * 20, *range(60, 70)], 157),
+    ]
+    for tail in (0, 77):
+        table = torch.full((len(rows), 44), tail, dtype=torch.int32)
+        for row, (ids, _) in enumerate(rows):
+            table[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        lengths = torch.tensor([length for _, length in rows], dtype=torch.int32)
+        squeezed, live = squeeze(table, lengths, 4)
+        assert squeezed.dtype == live.dtype == torch.int32
+        for row, (ids, length) in enumerate(rows):
+            kept = [block for block in ids if block]
+            assert squeezed[row, : len(kept)].tolist() == kept
+            assert live[row] == length - 4 * ids.count(0)

@@ -1,5 +1,6 @@
 """The Triton kernels, compiled for an H200 (compute capability 9.0) by Triton's own compiler; no GPU is needed."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,10 +12,17 @@ from triton.backends.compiler import GPUTarget
 
 from tests.unit.kernel_cases import Case, make_case
 from triattention.kernels import with_triton
+from triattention.kernels.with_triton import moving, planning, scoring, squeezing
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
-KERNELS = ("_raw_scores_kernel", "_standardise_kernel", "_plan_kernel", "_compact_kernel")
+KERNELS = {
+    "_raw_scores_kernel": scoring,
+    "_standardise_kernel": scoring,
+    "_plan_kernel": planning,
+    "_compact_kernel": moving,
+    "_squeeze_kernel": squeezing,
+}
 _POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32"}
 
 
@@ -30,13 +38,18 @@ class Recorder:
 
 def compiled(name: str, case: Case) -> Any:
     """The kernel as it would be compiled for this case's launch, specialised as Triton specialises."""
-    kernel = getattr(with_triton, name)
+    kernel = getattr(KERNELS[name], name)
     recorders = {kernel_name: Recorder() for kernel_name in KERNELS}
-    with patch.multiple(with_triton, **recorders):
+    with ExitStack() as stack:
+        for kernel_name, module in KERNELS.items():
+            stack.enter_context(patch.object(module, kernel_name, recorders[kernel_name]))
         scores = with_triton.score(case.keys, case.weights, case.regions)
         with_triton.compact(
             case.keys, case.values, case.regions, with_triton.plan(scores, case.regions, 0, shared=True)
         )
+        table = torch.zeros((len(case.regions), 8), dtype=torch.int32)
+        lengths = case.regions.requests[:, 1].contiguous()
+        with_triton.squeeze(table, lengths, case.regions.block_size, torch.empty_like(table), torch.empty_like(lengths))
     launch = recorders[name]
     given = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.keywords
     signature, constants, hints = {}, {}, {}

@@ -8,7 +8,7 @@ import torch
 from tests.unit import interpreted
 from tests.unit.interpreted import Interpret, interpreter
 from tests.unit.kernel_cases import make_case, worst_score_error
-from tests.unit.test_kernels import CACHES, DTYPES, check_compaction, check_plan, fills_of
+from tests.unit.test_kernels import CACHES, DTYPES, check_compaction, check_plan, check_squeeze, fills_of
 
 GROUPS = (1, 2, 4, 8)
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -52,8 +52,9 @@ def test_scores_do_not_depend_on_how_vllm_lays_the_cache_out(interpret: Interpre
     assert worst_score_error(case, interpret(interpreted.score, case)) < TOLERANCE
 
 
-def test_scores_of_a_quantised_cache_equal_fp64(interpret: Interpret) -> None:
-    case = make_case(torch.float8_e4m3fn, head_dim=64)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_scores_of_a_quantised_cache_equal_fp64(interpret: Interpret, dtype: torch.dtype) -> None:
+    case = make_case(dtype, head_dim=64)
     assert worst_score_error(case, interpret(interpreted.score, case)) < TOLERANCE
 
 
@@ -98,3 +99,8 @@ def test_compaction_fills_holes_bit_for_bit_and_writes_nothing_else(
     case = make_case(dtype, head_dim, layout=layout, tokens=(48, 75, 33), dead_slots=(16, 32, 16))
     fills = fills_of(case, holes, shared)
     check_compaction(case, fills, interpret(interpreted.compact, case, fills), layout)
+
+
+@pytest.mark.parametrize("at_once", [1024, 16], ids=["rows held whole", "rows in pieces"])
+def test_squeezing_drops_only_null_blocks_inside_the_used_part_of_a_row(interpret: Interpret, at_once: int) -> None:
+    check_squeeze(lambda *arguments: interpret(interpreted.squeeze, *arguments, at_once))

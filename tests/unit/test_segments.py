@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from triattention import kernels
 from triattention.compaction import hole_fills
 from triattention.config import CompressionConfig, Selection
+from triattention.kernels import HoleFills, LiveRegion, LiveRegions
 from triattention.segments import SegmentQuota, spread_evictions
 from triattention.selection import select
 
@@ -81,7 +83,8 @@ def test_positions_follow_the_survivors_over_many_compactions(selection: Selecti
                 run = text[segment * len(text) // 4 : (segment + 1) * len(text) // 4]
                 assert len(set(run) & set(gone)) == interval // 4
         moves = hole_fills(kept, interval)
-        quota.moved("a", moves, interval)
+        fills = planned(spread, interval, config)
+        quota.moved("a", fills.source, fills.target)
         for layer, head, source, target in torch.stack(
             [moves.layer, moves.head, moves.source, moves.target], dim=1
         ).tolist():
@@ -89,11 +92,17 @@ def test_positions_follow_the_survivors_over_many_compactions(selection: Selecti
         first_slot, processed = first_slot + interval, processed + interval
 
 
+def planned(scores: torch.Tensor, dead_slots: int, config: CompressionConfig) -> HoleFills:
+    tokens = scores.shape[-1]
+    regions = LiveRegions([LiveRegion(range(tokens), tokens, dead_slots, 0)], 1, "cpu")
+    return kernels.plan(scores, regions, config.window, config.selection == "per_head")
+
+
 def test_a_request_that_starts_over_after_a_preemption_stands_in_its_own_slots() -> None:
     quota = SegmentQuota(CompressionConfig(budget=40, window=4, policy="random", segments=4))
     none = torch.zeros(48, dtype=torch.bool)
-    kept = select(quota.spread("a", 16, torch.arange(48.0).expand(1, 1, 48), none, 8), 40, 4, "per_head")
-    quota.moved("a", hole_fills(kept, 8), 8)
+    fills = planned(quota.spread("a", 16, torch.arange(48.0).expand(1, 1, 48), none, 8), 8, quota.config)
+    quota.moved("a", fills.source, fills.target)
     assert quota.positions("a", 24, (1, 1, 41))[0, 0].tolist() != list(range(24, 65))
     assert quota.positions("a", 16, (1, 1, 4))[0, 0].tolist() == [16, 17, 18, 19]
     quota.forget(["a", "b"])

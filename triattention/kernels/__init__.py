@@ -4,7 +4,8 @@
     fills = plan(scores, regions, window, shared)
     compact(keys, values, regions, fills)
 
-One call does all layers of all requests of a step; on a GPU none of them waits for the device.
+One call does all layers of all requests of a step; on a GPU none of them waits for the device. `squeeze` is for the
+attention of every step that follows.
 """
 
 from types import ModuleType
@@ -24,6 +25,7 @@ __all__ = [
     "plan",
     "raw_scores",
     "score",
+    "squeeze",
 ]
 
 
@@ -60,6 +62,18 @@ def compact(keys: PagedCache, values: PagedCache, regions: LiveRegions, fills: H
     Sources stand in dying blocks and targets in live ones, so no copy depends on another.
     """
     _path(keys.device.type).compact(keys, values, regions, fills)
+
+
+def squeeze(block_table: Tensor, lengths: Tensor, block_size: int, squeezed: Tensor, live_lengths: Tensor) -> None:
+    """Rows of a block table without their null blocks (id 0), and the tokens that are left.
+
+    block_table int32 [requests, max_blocks], lengths int32 [requests] (tokens) are read; squeezed and live_lengths, of
+    the same shapes and dtypes, are written; what stands in a row behind its live blocks is undefined. A block is null
+    only left of `ceil(length / block_size)`; a row's unused tail may hold anything. A row's null blocks are one run:
+
+        block size 4, length 18     5 0 0 7 8 | 0      ->  5 7 8, length 10
+    """
+    _path(block_table.device.type).squeeze(block_table, lengths, block_size, squeezed, live_lengths)
 
 
 def _path(device: str) -> ModuleType:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -74,10 +75,25 @@ class PagedCache:
         """Bytes, a power of two up to 16, that all addresses are a multiple of."""
         return math.gcd(16, *(v.data_ptr() for v in self.layers))
 
-    def read(self, layer: int, block_ids: Tensor, into: Tensor) -> None:
-        """All tokens of the blocks in slot order, into [kv_heads, blocks * block_size, head_dim] of any dtype."""
-        blocks = self.layers[layer][block_ids].transpose(0, 1)
-        into.view(blocks.shape).copy_(blocks)
+    @cached_property
+    def all_layers(self) -> Tensor | None:
+        """One view `[layers, blocks, kv_heads, t1, t2, d1, d2]` where layers lie evenly spaced in one memory."""
+        first = self.layers[0]
+        steps = {after.data_ptr() - before.data_ptr() for before, after in pairwise(self.layers)} or {0}
+        one_memory = len({layer.untyped_storage().data_ptr() for layer in self.layers}) == 1
+        step = steps.pop()
+        if steps or not one_memory or step < 0 or step % first.element_size():
+            return None
+        return first.as_strided((len(self.layers), *first.shape), (step // first.element_size(), *first.stride()))
+
+    def read(self, layers: slice, block_ids: Tensor, into: Tensor) -> None:
+        """All tokens of the blocks in slot order, into [layers, kv_heads, blocks * block_size, head_dim], any dtype."""
+        into = into.view(into.shape[:2] + block_ids.shape + self.layers[0].shape[2:])
+        if self.all_layers is not None:
+            into.copy_(self.all_layers[layers, block_ids].transpose(1, 2))
+        else:
+            for layer, part in zip(self.layers[layers], into, strict=True):
+                part.copy_(layer[block_ids].transpose(0, 1))
 
     def gather(self, block_ids: Tensor, tokens: int) -> Tensor:
         """The first `tokens` tokens of the blocks in all layers: [layers, kv_heads, tokens, head_dim], a copy.
@@ -87,8 +103,7 @@ class PagedCache:
         slots = len(block_ids) * self.block_size
         shape = (len(self.layers), self.kv_heads, slots, self.head_dim)
         gathered = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for layer in range(len(self.layers)):
-            self.read(layer, block_ids, gathered[layer])
+        self.read(slice(None), block_ids, gathered)
         return gathered[:, :, :tokens]
 
 

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from triattention.kernels.vocabulary import HoleFills, LiveRegions, PagedCache, QueryWeights
 
+# Keys that are widened to fp32 at a time.
+_NUMBERS_BYTES = 8 << 20
+
 # By size, not by kind: copies are bit-exact and fp8 has no indexing of its own.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -13,23 +16,27 @@ def raw_scores(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, la
     """S of each query head, fp32 [layers, kv_heads, group, tokens of all requests]."""
     rotations = weights.rotations([r.position for r in regions.regions]).to(torch.complex64).to(keys.device)
     means = torch.complex(weights.mean_real, weights.mean_imag)
-    scores = torch.empty(
-        (len(layers), keys.kv_heads, weights.group, regions.tokens), dtype=torch.float32, device=keys.device
-    )
+    heads, dim, group = keys.kv_heads, keys.head_dim, weights.group
+    scores = torch.empty((len(layers), heads, group, regions.tokens), dtype=torch.float32, device=keys.device)
     for request, region in enumerate(regions.regions):
         block_ids = regions.blocks_of(request)
         turned = as_heads(means * rotations[request], weights).transpose(-1, -2)
         spread = weights.spread.transpose(-1, -2)
-        # The same memory for every layer: fresh pages cost more than the arithmetic.
         slots = len(block_ids) * regions.block_size
-        numbers = torch.empty((keys.kv_heads, slots, keys.head_dim), dtype=torch.float32, device=keys.device)
-        magnitude = torch.empty((keys.kv_heads, region.tokens, weights.bands), dtype=torch.float32, device=keys.device)
-        for row, layer in enumerate(layers):
-            keys.read(layer, block_ids, numbers)
-            tokens = numbers[:, : region.tokens]
-            torch.hypot(*split(tokens, weights), out=magnitude)
-            part = torch.baddbmm(magnitude @ spread[layer], tokens, turned[layer])
-            scores[row, :, :, regions.token_slice(request)] = part.transpose(-1, -2)
+        # As many layers at a time as stay in the cache, in the same memory: fresh pages cost more than the arithmetic.
+        step = min(len(layers), max(1, _NUMBERS_BYTES // (4 * heads * slots * dim)))
+        numbers = torch.empty((step, heads, slots, dim), dtype=torch.float32, device=keys.device)
+        magnitude = torch.empty((step, heads, region.tokens, weights.bands), dtype=torch.float32, device=keys.device)
+        for first in range(layers.start, layers.stop, step):
+            some = slice(first, min(first + step, layers.stop))
+            count = some.stop - some.start
+            keys.read(some, block_ids, numbers[:count])
+            tokens = numbers[:count, :, : region.tokens]
+            torch.hypot(*split(tokens, weights), out=magnitude[:count])
+            part = magnitude[:count].flatten(0, 1) @ spread[some].flatten(0, 1)
+            part.baddbmm_(tokens.flatten(0, 1), turned[some].flatten(0, 1))
+            rows = slice(first - layers.start, some.stop - layers.start)
+            scores[rows, :, :, regions.token_slice(request)] = part.view(count, heads, -1, group).transpose(-1, -2)
     return scores
 
 
@@ -59,21 +66,36 @@ def compact(keys: PagedCache, values: PagedCache, regions: LiveRegions, fills: H
     size = regions.block_size
     counts = torch.tensor([region.dead_slots for region in regions.regions], device=keys.device)
     first_block = regions.requests[:, 2].repeat_interleave(counts)
-    # Shared sets: one row of indices serves all layers.
-    rows = []
-    for source, target in zip(fills.source, fills.target, strict=True):
-        head, at = (source >= 0).nonzero(as_tuple=True)
-        from_slot, to_slot = source[head, at], target[head, at]
-        from_block = regions.block_ids[first_block[at] + from_slot // size]
-        to_block = regions.block_ids[first_block[at] + to_slot // size]
-        rows.append((head, from_block, from_slot % size, to_block, to_slot % size))
+    layer, head, at = (fills.source >= 0).nonzero(as_tuple=True)
+    from_slot, to_slot = fills.source[layer, head, at], fills.target[layer, head, at]
+    from_block = regions.block_ids[first_block[at] + from_slot // size]
+    to_block = regions.block_ids[first_block[at] + to_slot // size]
+    if fills.source.shape[0] == 1:  # shared sets: the same copies in all layers
+        layer = torch.arange(len(keys.layers), device=keys.device)[:, None]
     for cache in (keys, values):
         t2 = cache.layers[0].shape[3]
-        for layer, view in enumerate(cache.layers):
-            head, from_block, from_token, to_block, to_token = rows[layer if len(rows) > 1 else 0]
-            numbers = view.view(_INTEGERS[view.element_size()])
-            survivors = numbers[from_block, head, from_token // t2, from_token % t2]
-            numbers[to_block, head, to_token // t2, to_token % t2] = survivors
+        source = (from_block, head, from_slot % size // t2, from_slot % t2)
+        target = (to_block, head, to_slot % size // t2, to_slot % t2)
+        integers = _INTEGERS[cache.dtype.itemsize]
+        if cache.all_layers is not None:
+            numbers = cache.all_layers.view(integers)
+            numbers[layer, *target] = numbers[layer, *source]
+            continue
+        for index, view in enumerate(cache.layers):
+            numbers = view.view(integers)
+            mine = slice(None) if layer.ndim > 1 else layer == index
+            numbers[*(part[mine] for part in target)] = numbers[*(part[mine] for part in source)]
+
+
+def squeeze(block_table: Tensor, lengths: Tensor, block_size: int, squeezed: Tensor, live_lengths: Tensor) -> None:
+    columns = block_table.shape[1]
+    column = torch.arange(columns, device=block_table.device)
+    null = (block_table == 0) & (column < (lengths[:, None] + block_size - 1) // block_size)
+    count = null.sum(dim=1, keepdim=True)
+    first = null.to(torch.uint8).argmax(dim=1, keepdim=True)
+    source = (column + (column >= first) * count).clamp_(max=columns - 1)
+    torch.gather(block_table, 1, source, out=squeezed)
+    torch.sub(lengths, count[:, 0] * block_size, out=live_lengths)
 
 
 def standardise(scores: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from triattention.config import CompressionConfig
+from triattention.kernels.vocabulary import QueryWeights
 from triattention.rope import RopeParameters
 
 ENTRY_POINTS = "triattention.policies"
@@ -59,6 +60,13 @@ class Policy(ABC):
         After earlier compactions slot order is not position order.
         `position`: tokens processed so far, that is the position of the next query.
         """
+
+    def query_weights(self, device: torch.device) -> QueryWeights | None:
+        """For a policy whose `score` is that of `triattention.kernels.score`: its weights, on the keys' device.
+
+        The engine then scores keys where they lie in the cache. None, the default: it gathers them and asks `score`.
+        """
+        return None
 
 
 Factory = Callable[[CompressionConfig, PolicyContext], Policy]

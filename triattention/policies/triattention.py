@@ -3,6 +3,7 @@
 import torch
 
 from triattention.config import CompressionConfig
+from triattention.kernels.vocabulary import QueryWeights
 from triattention.policies.base import Policy, PolicyContext, register
 from triattention.scoring import Scorer, offsets_up_to
 from triattention.statistics import QueryStatistics
@@ -22,3 +23,6 @@ class TriAttention(Policy):
 
     def score(self, keys: torch.Tensor, position: int) -> torch.Tensor:
         return self.scorer.score(keys, position)
+
+    def query_weights(self, device: torch.device) -> QueryWeights:
+        return self.scorer.query_weights(device)

@@ -4,59 +4,61 @@ Positions, RoPE, slot mapping and block-table appends stay as vLLM has them; onl
 kernel reads is changed, in the builder, so the kernels themselves are vLLM's own.
 """
 
+from collections.abc import Sized
 from dataclasses import replace
+from typing import Any
 
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
-)
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
 
+from triattention import kernels
 from triattention.vllm.kv_manager import CompactedAttentionSpec
 
 
-def squeeze(block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows without their null blocks, and the lengths that go with them; the inputs where no row has any.
+class SqueezingBuilder(AttentionMetadataBuilder[Any]):
+    """Mixed in before a backend's own metadata builder: it then reads squeezed rows, for the groups that are compacted.
 
-    block_table int32 [requests, max_blocks], seq_lens int [requests] (tokens). A block is null only left of
-    `ceil(seq_len / block_size)`: a row's unused tail is 0 as well. A row's null blocks are one run.
-
-    >>> squeeze(torch.tensor([[5, 0, 0, 7, 8, 0]]), torch.tensor([18]), 4)
-    (tensor([[5, 7, 8, 8, 0, 0]]), tensor([10]))
+    The rows stand in buffers that never move, for captured CUDA graphs read them there; `fixed_addresses` is off where
+    there are no such graphs, and a step in which no request is compacted then costs nothing.
     """
-    column = torch.arange(block_table.shape[1], device=block_table.device)
-    used = (seq_lens + block_size - 1) // block_size
-    null = (block_table == 0) & (column < used[:, None])
-    count = null.sum(dim=1)
-    if not count.any():
-        return block_table, seq_lens
-    first = null.to(torch.uint8).argmax(dim=1)
-    index = column + (column >= first[:, None]) * count[:, None]
-    index.clamp_(max=block_table.shape[1] - 1)
-    return block_table.gather(1, index), seq_lens - (count * block_size).to(seq_lens.dtype)
 
+    requires_block_table_width = True
+    fixed_addresses = True
 
-class CompactedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """`CPUAttentionMetadataBuilder` over squeezed rows, for the groups that are compacted."""
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+        block_table_width: int,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.compacted_requests: Sized = ()
+        """Requests whose rows hold null blocks; the worker shares its table here."""
+        self.squeezes = isinstance(kv_cache_spec, CompactedAttentionSpec)
+        if self.squeezes:
+            # Or the runner would put an unsqueezed table into another group's metadata.
+            self.supports_update_block_table = False
+            rows = max(
+                vllm_config.scheduler_config.max_num_seqs,
+                vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+            )
+            self.block_table = torch.zeros((rows, block_table_width), dtype=torch.int32, device=device)
+            self.live_lengths = torch.zeros(rows, dtype=torch.int32, device=device)
 
     def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> CPUAttentionMetadata:
-        if isinstance(self.kv_cache_spec, CompactedAttentionSpec):
-            block_table, seq_lens = squeeze(
-                common_attn_metadata.block_table_tensor, common_attn_metadata.seq_lens, self.block_size
-            )
-            if seq_lens is not common_attn_metadata.seq_lens:
-                common_attn_metadata = replace(common_attn_metadata, block_table_tensor=block_table, seq_lens=seq_lens)
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        if self.squeezes and (self.fixed_addresses or len(self.compacted_requests)):
+            common_attn_metadata = self.squeezed(common_attn_metadata)
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
-
-class CompactedCPUAttentionBackend(CPUAttentionBackend):
-    @staticmethod
-    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        return CompactedCPUMetadataBuilder
+    def squeezed(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        block_table, lengths = metadata.block_table_tensor, metadata.seq_lens
+        rows = block_table.shape[0]
+        squeezed, live_lengths = self.block_table[:rows, : block_table.shape[1]], self.live_lengths[:rows]
+        kernels.squeeze(block_table, lengths, self.kv_cache_spec.block_size, squeezed, live_lengths)
+        return replace(metadata, block_table_tensor=squeezed, seq_lens=live_lengths)

@@ -1,18 +1,27 @@
 """Where a token's key and value stand inside a KV block, per attention backend and kernel set.
 
 Every known layout is a strided view `[blocks, kv_heads, t1, t2, d1, d2]` on the layer's cache, where token
-`t1 * |t2| + t2` of the block has dimension `d1 * |d2| + d2`. The layout of a running engine is detected by writing
-known keys and values with vLLM's own kernel and reading them back; one that no view explains is refused.
+`t1 * |t2| + t2` of the block has dimension `d1 * |d2| + d2` (`PagedCache`). GPU backends store plain rows. The CPU
+backend's layout depends on its kernel set: it is detected by writing known keys and values with vLLM's own kernel and
+reading them back, and one that no view explains is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from vllm.model_executor.layers.attention import Attention
 
+from triattention.kernels import PagedCache
+
 View = Callable[[torch.Tensor], torch.Tensor]
 """[blocks, kv_heads, block_size, head_dim] storage -> [blocks, kv_heads, t1, t2, d1, d2] view."""
+
+FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""What the bytes of a quantised cache are. Scales are one number per layer or head: they cancel in z-scores."""
+
+_DIGIT = 8
+"""A probe writes numbers in base 8: 0 to 7 are exact in every float dtype, fp8 included."""
 
 
 def _plain(part: torch.Tensor) -> torch.Tensor:
@@ -48,31 +57,38 @@ class Layout:
 CPU_LAYOUTS = (Layout("vec", _transposed, _plain), Layout("amx", _amx_keys, _amx_values))
 
 
-class PagedTokens:
-    """Token-wise access to one half (keys or values) of one layer's paged cache."""
+def cpu_caches(layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
+    """Keys and values of layers of the CPU backend. Raises ValueError where their layout is unknown."""
+    keys, values = [], []
+    for layer in layers:
+        cache = as_numbers(layer.kv_cache, layer.kv_cache_dtype)
+        layout = detect_layout(layer, cache)
+        key_part, value_part = split_cpu_cache(cache)
+        keys.append(layout.keys(key_part))
+        values.append(layout.values(value_part))
+    return PagedCache(tuple(keys)), PagedCache(tuple(values))
 
-    def __init__(self, view: torch.Tensor) -> None:
-        self.view = view
 
-    def gather(self, block_ids: torch.Tensor) -> torch.Tensor:
-        """All tokens of the blocks [n], in slot order: [kv_heads, n * block_size, head_dim]."""
-        blocks = self.view[block_ids]
-        n, heads, t1, t2, d1, d2 = blocks.shape
-        return blocks.transpose(0, 1).reshape(heads, n * t1 * t2, d1 * d2)
+def gpu_caches(layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
+    """Keys and values of layers of the FlashAttention and Triton backends: halves of the last dimension.
 
-    def copy(self, block_ids: torch.Tensor, head: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy slot `source` to slot `target` of KV head `head`, row by row; slots count from block_ids[0].
+    Both split `[blocks, kv_heads, block_size, 2 * head_dim]` so, whatever `KVCacheLayout` its strides follow.
+    """
+    caches = [as_numbers(layer.kv_cache, layer.kv_cache_dtype) for layer in layers]
+    for layer, cache in zip(layers, caches, strict=True):
+        if cache.shape[-1] != 2 * layer.head_size:
+            raise ValueError(
+                f"KV compression does not know the KV-cache layout of {layer.layer_name}: a token takes "
+                f"{cache.shape[-1]} numbers, not twice its head size {layer.head_size}; use kv_cache_dtype auto or fp8."
+            )
+    keys = [cache[..., : layer.head_size] for layer, cache in zip(layers, caches, strict=True)]
+    values = [cache[..., layer.head_size :] for layer, cache in zip(layers, caches, strict=True)]
+    return PagedCache.plain(keys), PagedCache.plain(values)
 
-        The sets of sources and targets are disjoint, so one gather and one scatter do it.
-        """
-        t2 = self.view.shape[3]
-        size = self.view.shape[2] * t2
 
-        def index(slot: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            offset = slot % size
-            return block_ids[slot // size], head, offset // t2, offset % t2
-
-        self.view[index(target)] = self.view[index(source)]
+def as_numbers(cache: torch.Tensor, kv_cache_dtype: str) -> torch.Tensor:
+    """vLLM holds fp8 as bytes."""
+    return cache.view(FP8[kv_cache_dtype]) if kv_cache_dtype in FP8 else cache
 
 
 def split_cpu_cache(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,26 +104,41 @@ def split_cpu_cache(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def detect_layout(layer: Attention, cache: torch.Tensor) -> Layout:
     """The layout in which vLLM's kernel stores this layer's keys and values.
 
-    `cache` gives shape and dtype only. Raises ValueError where no known layout explains what the kernel wrote.
+    `cache` gives shape and dtype only. Every number of a block gets a name of its own, written digit by digit. Raises
+    ValueError where no known layout explains all of them.
     """
     _, heads, size, double = cache.shape
     dim = double // 2
-    probe = torch.zeros((2, heads, size, double), dtype=cache.dtype)
-    # Distinct small integers per token and dimension: exact in bf16, and no permutation of them is the same.
-    token = torch.arange(size).view(size, 1, 1)
-    head = torch.arange(heads).view(1, heads, 1)
-    keys = ((token * 7 + head * 3 + torch.arange(dim) * 5) % 251).to(cache.dtype)
-    values = ((token * 5 + head * 11 + torch.arange(dim) * 13) % 241).to(cache.dtype)
-    layer.impl.do_kv_cache_update(layer, keys, values, probe, torch.arange(size, 2 * size))
-    block = torch.tensor([1])
-    key_part, value_part = split_cpu_cache(probe)
-    for layout in CPU_LAYOUTS:
-        found_keys = PagedTokens(layout.keys(key_part)).gather(block)
-        found_values = PagedTokens(layout.values(value_part)).gather(block)
-        if torch.equal(found_keys, keys.transpose(0, 1)) and torch.equal(found_values, values.transpose(0, 1)):
-            return layout
+    names = torch.arange(2 * size * heads * dim).view(2, size, heads, dim)
+    layouts = list(CPU_LAYOUTS)
+    while names.any():
+        keys, values = (names % _DIGIT).to(layer.dtype)
+        probe = torch.zeros((2, heads, size, double), dtype=cache.dtype)
+        layer.impl.do_kv_cache_update(
+            layer,
+            # A quantised cache holds numbers divided by the layer's scales.
+            keys * (layer._k_scale_float if layer.kv_cache_dtype in FP8 else 1),
+            values * (layer._v_scale_float if layer.kv_cache_dtype in FP8 else 1),
+            probe.view(layer.kv_cache.dtype),
+            torch.arange(size, 2 * size),
+        )
+        key_part, value_part = split_cpu_cache(probe)
+        layouts = [
+            layout
+            for layout in layouts
+            if _reads(layout.keys(key_part), keys) and _reads(layout.values(value_part), values)
+        ]
+        names //= _DIGIT
+    if layouts:
+        return layouts[0]
     raise ValueError(
         f"KV compression does not know the KV-cache layout of {type(layer.impl).__name__} (block size {size}, "
         f"head size {dim}, {cache.dtype}): use a model or block size that stores keys as one of "
         f"{', '.join(layout.name for layout in CPU_LAYOUTS)}."
     )
+
+
+def _reads(view: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether block 1 of the view holds `expected` [block_size, heads, head_dim]."""
+    stored = PagedCache((view,)).gather(torch.tensor([1]), len(expected))[0]
+    return torch.equal(stored.to(expected.dtype), expected.transpose(0, 1))

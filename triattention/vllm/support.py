@@ -7,6 +7,7 @@ from vllm.config import VllmConfig
 from triattention.config import CompressionConfig
 
 CONFIG_KEY = "triattention"
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 REPORTS_KEY = "triattention_reports"
 
 
@@ -42,9 +43,8 @@ def check_supported(vllm_config: VllmConfig) -> None:
         ),
         "pipeline parallelism (scores of all layers are needed in one place)": (parallel.pipeline_parallel_size > 1),
         "multi-head latent attention (its cache holds no per-head keys)": vllm_config.model_config.use_mla,
-        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
-        f"KV cache type {vllm_config.cache_config.cache_dtype}": (
-            vllm_config.cache_config.cache_dtype.startswith(("fp8", "int8", "nvfp4", "turbo"))
+        f"KV cache type {vllm_config.cache_config.cache_dtype} (only one number per token and dimension)": (
+            vllm_config.cache_config.cache_dtype not in KV_CACHE_DTYPES
         ),
     }
     for what, present in refusals.items():

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
-"""Score, plan and compact as Triton kernels, for NVIDIA GPUs from Hopper on. Same results as `with_torch`.
+"""TriAttention scores of keys in paged caches.
 
 Where the time goes, for one request of 2,176 tokens of Qwen3-8B (36 layers, 8 KV heads, 128 bf16 numbers): 160 MB of
 keys are read, 10 MB of raw scores written and read again, at most 19 MB of survivors copied. All of it is bound by
@@ -11,16 +11,15 @@ exact and sum up in fp32, so nothing is lost against fp32 arithmetic but 2^-17 o
 (Functions under `triton.jit` are Triton, not Python: they carry no types.)
 """
 
-import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triattention.kernels.vocabulary import HoleFills, LiveRegions, PagedCache, QueryWeights, to_device
+from triattention.kernels.vocabulary import LiveRegions, PagedCache, QueryWeights
+from triattention.kernels.with_triton.launch import per_launch, strides, tiles_of
 
 # Raw scores are made and standardised for a few layers at a time, so that they stay in the L2 cache in between and
 # take little memory beside vLLM's.
@@ -28,18 +27,16 @@ _RAW_BYTES = 32 << 20
 
 # Scores that a program of the small kernels holds in registers at a time.
 _SCORES_AT_ONCE = 8192
-_RANKS_AT_ONCE = 4096
-_FILL_TILE = 32
 
 _FLOATS = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float8_e5m2: tl.float8e5,
 }
 # How many bf16 make up one number of the cache exactly.
-_TERMS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 1}
-_INTEGERS = {1: tl.uint8, 2: tl.int16, 4: tl.int32}
+_TERMS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 1, torch.float8_e5m2: 1}
 
 
 @dataclass(frozen=True)
@@ -95,56 +92,6 @@ def score(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, tiling:
     return scores
 
 
-def plan(scores: Tensor, regions: LiveRegions, window: int, shared: bool) -> HoleFills:
-    if shared:
-        scores = scores.mean(dim=0, keepdim=True)
-    scores = scores.contiguous()
-    source = torch.empty((*scores.shape[:2], regions.fills), dtype=torch.int32, device=scores.device)
-    target = torch.empty_like(source)
-    _plan_kernel[(scores.shape[0] * scores.shape[1], len(regions))](
-        scores,
-        source,
-        target,
-        regions.requests,
-        window,
-        regions.tokens,
-        regions.fills,
-        BLOCK=_RANKS_AT_ONCE,
-        num_warps=8,
-    )
-    return HoleFills(source, target)
-
-
-def compact(keys: PagedCache, values: PagedCache, regions: LiveRegions, fills: HoleFills) -> None:
-    assert keys.is_plain, "keys and values of GPU backends lie in plain rows"
-    assert values.is_plain, "keys and values of GPU backends lie in plain rows"
-    assert (keys.dtype, keys.head_dim) == (values.dtype, values.head_dim), "keys and values differ in kind"
-    if regions.fills == 0:
-        return
-    tiles = _tiles(regions.first_fill, _FILL_TILE, keys.device)
-    _compact_kernel[(len(tiles) * keys.kv_heads, len(keys.layers))](
-        keys.addresses,
-        values.addresses,
-        *_strides(keys),
-        *_strides(values),
-        regions.block_ids,
-        regions.requests,
-        tiles,
-        fills.source,
-        fills.target,
-        regions.fills,
-        fills.source.stride(0) if fills.source.shape[0] > 1 else 0,
-        ALIGNMENT=math.gcd(keys.alignment, values.alignment),
-        DTYPE=_INTEGERS[keys.dtype.itemsize],
-        KV_HEADS=keys.kv_heads,
-        BLOCK_SIZE=regions.block_size,
-        HEAD_DIM=keys.head_dim,
-        PADDED_DIM=triton.next_power_of_2(keys.head_dim),
-        TILE=_FILL_TILE,
-        num_warps=4,
-    )
-
-
 class _Prepared:
     """What every launch of the scoring kernel over some regions shares."""
 
@@ -156,7 +103,7 @@ class _Prepared:
         if keys.device.type == "cuda":
             rotations = rotations.pin_memory().to(keys.device, non_blocking=True)
         self.rotations = rotations
-        self.tiles = _tiles(regions.first_token, tiling.tile * tiling.tiles, keys.device)
+        self.tiles = tiles_of(regions.first_token, tiling.tile * tiling.tiles, keys.device)
 
     def launch(self, raw: Tensor, first_layer: int) -> None:
         """Raw scores of the layers from `first_layer` on, into [layers, kv_heads, group, tokens]."""
@@ -164,7 +111,7 @@ class _Prepared:
         padded_group = triton.next_power_of_2(weights.group)
         _raw_scores_kernel[(len(self.tiles) * keys.kv_heads, raw.shape[0])](
             keys.addresses,
-            *_strides(keys),
+            *strides(keys),
             self.regions.block_ids,
             self.regions.requests,
             self.tiles,
@@ -195,29 +142,7 @@ class _Prepared:
         )
 
 
-def _strides(cache: PagedCache) -> tuple[int, int, int, int]:
-    """Of block, head, token and number, in numbers."""
-    block, head, token, _, number, _ = cache.layers[0].stride()
-    return block, head, token, number
-
-
-def _tiles(first: np.ndarray, size: int, device: torch.device) -> Tensor:
-    """Cuts every request's part into tiles of at most `size`: int32 [tiles, 2] of request and start within it."""
-    counts = -(-np.diff(first) // size)
-    request = np.repeat(np.arange(len(counts)), counts)
-    number = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return to_device(np.stack([request, number * size], axis=1), device)
-
-
-# What changes from launch to launch must not be part of what is compiled: an engine would stop for seconds when a
-# step brings a number that divides by 16 for the first time.
-_per_launch = triton.jit(
-    do_not_specialize=["total_tokens", "total_fills", "first_layer", "layer_stride", "window"],
-    do_not_specialize_on_alignment=["block_ids", "requests", "tiles", "rotations", "scores", "source", "target"],
-)
-
-
-@_per_launch
+@per_launch
 def _raw_scores_kernel(
     key_addresses,
     block_stride,
@@ -349,7 +274,7 @@ def _column_terms(weights, term):
     return tl.where(term == 0, first, tl.where(term == 1, second, later)).to(tl.bfloat16)
 
 
-@_per_launch
+@per_launch
 def _standardise_kernel(
     raw,
     scores,
@@ -398,126 +323,3 @@ def _standardise_kernel(
         best = tl.max(tl.where(is_member, z, float("-inf")), axis=0)
         at = start + lane
         tl.store(scores + row.to(tl.int64) * total_tokens + first_token + at, best, mask=at < tokens)
-
-
-@_per_launch
-def _plan_kernel(scores, source, target, requests, window, total_tokens, total_fills, BLOCK: tl.constexpr):
-    """One request and set: finds the lowest kept score by bisection over its bits, then lists sources and holes."""
-    row = tl.program_id(0).to(tl.int64)
-    request = tl.program_id(1)
-    scores += row * total_tokens + tl.load(requests + 5 * request)
-    tokens = tl.load(requests + 5 * request + 1)
-    source += row * total_fills + tl.load(requests + 5 * request + 3)
-    target += row * total_fills + tl.load(requests + 5 * request + 3)
-    dead = tl.load(requests + 5 * request + 4)
-    old = tokens - window
-    keep = old - dead
-    lane = tl.arange(0, BLOCK)
-
-    # The highest rank that at least `keep` old slots reach, bit by bit. Most rows are one block, held in registers.
-    ranks = _old_ranks(scores, lane, old)
-    lowest = tl.zeros((), tl.uint32)
-    bit = tl.full((), 2147483648, tl.uint32)
-    for _ in tl.range(0, 32):
-        candidate = lowest | bit
-        reach = (ranks >= candidate).to(tl.int32)
-        for start in tl.range(BLOCK, old, BLOCK):
-            reach += (_old_ranks(scores, start + lane, old) >= candidate).to(tl.int32)
-        lowest = tl.where(tl.sum(reach, axis=0) >= keep, candidate, lowest)
-        bit = bit >> 1
-    above = (ranks > lowest).to(tl.int32)
-    for start in tl.range(BLOCK, old, BLOCK):
-        above += (_old_ranks(scores, start + lane, old) > lowest).to(tl.int32)
-    ties_kept = keep - tl.sum(above, axis=0)
-
-    ties = tl.zeros((), tl.int32)
-    moves = tl.zeros((), tl.int32)
-    holes = tl.zeros((), tl.int32)
-    for start in tl.range(0, tokens, BLOCK):
-        slot = start + lane
-        rank = _old_ranks(scores, slot, old)
-        tie = ((slot < old) & (rank == lowest)).to(tl.int32)
-        # Ties go to the lower slots.
-        wins = (tie > 0) & (ties + tl.cumsum(tie, axis=0) <= ties_kept)
-        kept = (slot >= old) | (rank > lowest) | wins
-        move = (kept & (slot < dead)).to(tl.int32)
-        hole = ((kept == 0) & (slot >= dead) & (slot < tokens)).to(tl.int32)
-        tl.store(source + moves + tl.cumsum(move, axis=0) - 1, slot, mask=move > 0)
-        tl.store(target + holes + tl.cumsum(hole, axis=0) - 1, slot, mask=hole > 0)
-        ties += tl.sum(tie, axis=0)
-        moves += tl.sum(move, axis=0)
-        holes += tl.sum(hole, axis=0)
-    for start in tl.range(0, dead, BLOCK):
-        fill = start + lane
-        tl.store(source + fill, tl.full((BLOCK,), -1, tl.int32), mask=(fill >= moves) & (fill < dead))
-        tl.store(target + fill, tl.full((BLOCK,), -1, tl.int32), mask=(fill >= moves) & (fill < dead))
-
-
-@triton.jit
-def _old_ranks(scores, slot, old):
-    """Unsigned integers in the order of the scores, NaN as the lowest, -0 as 0; and 0, below all, from `old` on."""
-    score = tl.load(scores + slot, mask=slot < old, other=0.0)
-    score = tl.where(score == score, score, float("-inf")) + 0.0
-    bits = score.to(tl.uint32, bitcast=True)
-    return tl.where(slot < old, tl.where(bits >= 2147483648, bits ^ 4294967295, bits | 2147483648), 0)
-
-
-@_per_launch
-def _compact_kernel(
-    key_addresses,
-    value_addresses,
-    key_block_stride,
-    key_head_stride,
-    key_token_stride,
-    key_number_stride,
-    value_block_stride,
-    value_head_stride,
-    value_token_stride,
-    value_number_stride,
-    block_ids,
-    requests,
-    tiles,
-    source,
-    target,
-    total_fills,
-    layer_stride,
-    ALIGNMENT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Up to TILE survivors of one request, layer and head: their key and value rows, into holes."""
-    head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
-    tile = tl.program_id(0) // KV_HEADS
-    layer = tl.program_id(1)
-    request = tl.load(tiles + 2 * tile)
-    start = tl.load(tiles + 2 * tile + 1)
-    block_ids += tl.load(requests + 5 * request + 2)
-    first_fill = tl.load(requests + 5 * request + 3)
-    dead = tl.load(requests + 5 * request + 4)
-
-    fill = start + tl.arange(0, TILE)
-    at = layer.to(tl.int64) * layer_stride + head * total_fills + first_fill + fill
-    from_slot = tl.load(source + at, mask=fill < dead, other=-1)
-    is_move = from_slot >= 0
-    to_slot = tl.load(target + at, mask=is_move, other=0)
-    from_block = tl.load(block_ids + from_slot // BLOCK_SIZE, mask=is_move, other=0).to(tl.int64)
-    to_block = tl.load(block_ids + to_slot // BLOCK_SIZE, mask=is_move, other=0).to(tl.int64)
-    from_token = from_slot % BLOCK_SIZE
-    to_token = to_slot % BLOCK_SIZE
-
-    number = tl.arange(0, PADDED_DIM)[None, :]
-    is_number = is_move[:, None] & (number < HEAD_DIM)
-    keys = tl.multiple_of(tl.load(key_addresses + layer).to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    keys += head * key_head_stride + number * key_number_stride
-    values = tl.multiple_of(tl.load(value_addresses + layer).to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    values += head * value_head_stride + number * value_number_stride
-    key = tl.load(keys + (from_block * key_block_stride + from_token * key_token_stride)[:, None], mask=is_number)
-    value = tl.load(
-        values + (from_block * value_block_stride + from_token * value_token_stride)[:, None], mask=is_number
-    )
-    tl.store(keys + (to_block * key_block_stride + to_token * key_token_stride)[:, None], key, mask=is_number)
-    tl.store(values + (to_block * value_block_stride + to_token * value_token_stride)[:, None], value, mask=is_number)

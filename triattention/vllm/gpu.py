@@ -1,0 +1,53 @@
+"""Compaction on vLLM's CUDA worker, V1 and V2 model runners: FlashAttention's and Triton attention's builders.
+
+Full CUDA graphs stay on: what a captured graph reads of a request, its squeezed row and its live length, stands at
+addresses of its own, which every step refills (`SqueezingBuilder`); compactions run between steps.
+"""
+
+from collections.abc import Sequence
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
+from vllm.v1.worker.gpu_worker import Worker
+
+from triattention.kernels import PagedCache
+from triattention.vllm.attention import SqueezingBuilder
+from triattention.vllm.layout import gpu_caches
+from triattention.vllm.worker_core import CompactingWorker
+
+
+class CompactedFlashMetadataBuilder(SqueezingBuilder, FlashAttentionMetadataBuilder):
+    pass
+
+
+class CompactedFlashAttentionBackend(FlashAttentionBackend):
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        return CompactedFlashMetadataBuilder
+
+
+class CompactedTritonMetadataBuilder(SqueezingBuilder, TritonAttentionMetadataBuilder):
+    pass
+
+
+class CompactedTritonAttentionBackend(TritonAttentionBackend):
+    @staticmethod
+    def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
+        return CompactedTritonMetadataBuilder
+
+
+BACKENDS = {
+    AttentionBackendEnum.FLASH_ATTN: CompactedFlashAttentionBackend,
+    AttentionBackendEnum.TRITON_ATTN: CompactedTritonAttentionBackend,
+}
+
+
+class GPUCompactionWorker(CompactingWorker, Worker):
+    def register_backends(self) -> None:
+        for backend, ours in BACKENDS.items():
+            register_backend(backend, f"{ours.__module__}.{ours.__name__}")
+
+    def caches_of(self, layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
+        return gpu_caches(layers)
