@@ -33,10 +33,10 @@ BLOCK = 32
 
 
 def save_tiny_model(config: PreTrainedConfig, path: Path) -> Path:
-    """A random model of this config and a tokenizer whose words are t0, t1, ..."""
+    """A random model of this config and a tokenizer whose words are t000, t001, ..."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
-    words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    words = Tokenizer(WordLevel({f"t{i:03d}": i for i in range(VOCABULARY)}, unk_token="t000"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
     return path
@@ -44,7 +44,7 @@ def save_tiny_model(config: PreTrainedConfig, path: Path) -> Path:
 
 def save_statistics(model: Path, path: Path) -> Path:
     draw = random.Random(2)
-    calibrate(model, [" ".join(f"t{draw.randrange(VOCABULARY)}" for _ in range(2000))], path)
+    calibrate(model, [" ".join(f"t{draw.randrange(VOCABULARY):03d}" for _ in range(2000))], path)
     return path
 
 
@@ -92,7 +92,9 @@ def engine(tiny_model: Path) -> Iterator[EngineFactory]:
     """engine(config, **arguments): an engine in this process, one per distinct set of settings."""
     engines: dict[str, LLM] = {}
 
-    def make(config: CompressionConfig | None, *, blocks: int = 160, model: Path = tiny_model, **arguments: Any) -> LLM:
+    def make(
+        config: CompressionConfig | None, *, blocks: int | None = 160, model: Path = tiny_model, **arguments: Any
+    ) -> LLM:
         settings = {
             "dtype": "float32", "max_model_len": 4096, "block_size": BLOCK, "max_num_seqs": 8,
             "num_gpu_blocks_override": blocks, "kv_cache_memory_bytes": 1 << 28, "enforce_eager": True,

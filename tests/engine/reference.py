@@ -5,6 +5,7 @@ key stays at its position, and a bool per (layer, KV head, token) says which are
 definition: 17 offsets summed one by one in fp64 over un-rotated keys and explicit distances.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,11 @@ from triattention.config import CompressionConfig
 
 
 class DenseReference:
-    def __init__(self, model: Path, statistics: Path) -> None:
+    def __init__(
+        self, model: Path, statistics: Path, stored: Callable[[torch.Tensor], torch.Tensor] = lambda numbers: numbers
+    ) -> None:
+        """`stored`: what reading gives of a key or value written to the cache, where that is not the same."""
+        self.stored = stored
         self.visible: list[torch.Tensor] | None = None
         ALL_ATTENTION_FUNCTIONS.register("visible_only", self._attention)
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -37,6 +42,7 @@ class DenseReference:
 
     def _attention(self, module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, **_):  # type: ignore[no-untyped-def]
         queries, tokens = query.shape[2], key.shape[2]
+        key, value = self.stored(key), self.stored(value)
         distance = torch.arange(tokens - queries, tokens)[:, None] - torch.arange(tokens)
         mask = ((distance >= 0) & (distance < (sliding_window or tokens + 1))).expand(self.kv_heads, -1, -1)
         if self.visible is not None:
@@ -79,29 +85,40 @@ class DenseReference:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: list[int], tokens: int, config: CompressionConfig, block_size: int, in_flight: int
+        self,
+        prompt: list[int],
+        tokens: int,
+        config: CompressionConfig,
+        block_size: int,
+        in_flight: int,
+        chunk: int = 1 << 30,
+        allowed: Sequence[int] | None = None,
     ) -> tuple[list[int], int]:
         """Greedy continuation and the number of compactions.
 
-        `in_flight`: tokens already computed beyond those that a compaction sees (1 with async scheduling).
+        `in_flight`: tokens already computed beyond those that a compaction sees (1 with async scheduling). `chunk`: the
+        prompt is computed so many tokens at a time. `allowed`: the only tokens that may be generated.
         """
         cache = DynamicCache()
         layers = self.model.config.num_hidden_layers
-        self.visible = None
-        logits = self.model(torch.tensor([prompt]), past_key_values=cache).logits
         self.visible = [torch.ones(self.kv_heads, len(prompt) + tokens, dtype=torch.bool) for _ in range(layers)]
-        pinned = -(-len(prompt) // block_size) * block_size
-        first_live, compactions, output = pinned, 0, [int(logits[0, -1].argmax())]
-        while len(output) < tokens:
-            computed = len(prompt) + len(output) - 1  # the last sampled token is computed next
-            processed = computed - in_flight
-            if len(output) > 1 and processed - first_live >= config.budget + config.interval:
+        pinned = -(-config.pinned_tokens(len(prompt)) // block_size) * block_size
+        first_live, compactions, computed, text = pinned, 0, 0, list(prompt)
+        while len(text) < len(prompt) + tokens:
+            # The step that computes the first generated token is scheduled before the prompt's last one is settled.
+            processed = computed - in_flight if computed > len(prompt) else computed * (in_flight == 0)
+            if processed - first_live >= config.budget + config.interval:
                 first_live = (processed - config.budget) // block_size * block_size
                 self._evict(cache, pinned, processed, processed - first_live, config)
                 compactions += 1
-            logits = self.model(torch.tensor([[output[-1]]]), past_key_values=cache).logits
-            output.append(int(logits[0, -1].argmax()))
-        return output, compactions
+            new = text[computed : computed + chunk]
+            logits = self.model(torch.tensor([new]), past_key_values=cache).logits[0, -1]
+            computed += len(new)
+            if computed == len(text):
+                if allowed is not None:
+                    logits = torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(allowed), logits[allowed])
+                text.append(int(logits.argmax()))
+        return text[len(prompt) :], compactions
 
     def _evict(self, cache: DynamicCache, pinned: int, processed: int, keep: int, config: CompressionConfig) -> None:
         assert self.visible is not None
@@ -110,7 +127,9 @@ class DenseReference:
         for layer, visible in zip(self.compacted_layers, compacted, strict=True):
             positions = torch.stack([row[:processed].nonzero().flatten() for row in visible])
             positions = torch.stack([row[row >= pinned] for row in positions])
-            keys = cache.layers[layer].keys[0].gather(1, positions[..., None].expand(-1, -1, self.head_dim))
+            keys = self.stored(cache.layers[layer].keys[0]).gather(
+                1, positions[..., None].expand(-1, -1, self.head_dim)
+            )
             candidates.append(positions)
             scores.append(self.scores(keys, positions, layer, processed, config.max_offset))
         if config.selection == "per_head":

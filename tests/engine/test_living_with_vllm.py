@@ -130,16 +130,6 @@ def test_aborting_at_any_step_leaves_the_pool_whole(
     assert_pool_whole(llm)
 
 
-def test_several_sequences_of_one_request_share_its_prompt_and_free_everything(
-    engine: EngineFactory, config: CompressionConfig, prompts: list[list[int]]
-) -> None:
-    llm = engine(config)
-    sampling = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=500, ignore_eos=True, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": prompts[3]}], sampling, use_tqdm=False)
-    assert [len(o.token_ids) for o in output.outputs] == [500] * 3
-    assert_pool_whole(llm)
-
-
 def test_a_request_that_can_never_fit_ends_at_once_and_takes_nothing_with_it(
     engine: EngineFactory, config: CompressionConfig, prompts: list[list[int]]
 ) -> None:
@@ -188,7 +178,6 @@ def test_logprobs_stay_finite_across_compactions(engine: EngineFactory, config: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"kv_cache_dtype": "fp8"}, "does not support KV cache type fp8"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
     ],
 )

@@ -1,265 +1,121 @@
-"""Random arrivals, chunks, decodes, compactions, preemptions, aborts and cache hits against a plain model.
+"""The manager's invariants over random histories, and mutants that break each of them and are caught by its name."""
 
-Drives vLLM's real KVCacheManager with our manager in it, in the order in which the scheduler calls it, and a simulated
-worker whose cache maps (block, offset) to what was written there: (family, position, exact). Requests of one family
-are prefixes of one endless text, so prompts of one hit blocks that another generated.
-"""
+from collections.abc import Callable
+from typing import Any
 
-import random
-from collections import deque
-from dataclasses import dataclass, field
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from vllm import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.request import Request, RequestStatus
+from tests.engine import state_machine
+from tests.engine.state_machine import Engine
+from triattention.compaction import first_live_block
+from triattention.vllm.kv_manager import CompactedAttentionManager
+from triattention.vllm.orders import CompactionOrder
 
-from triattention.compaction import hole_fills
-from triattention.config import CompressionConfig
-from triattention.vllm.kv_manager import CompactedAttentionManager, CompactedAttentionSpec
-
-BLOCK, POOL, CHUNK = 16, 30, 40
-CONFIG = CompressionConfig(budget=32, interval=24, window=4, policy="random", reserve_growth=False)
-Token = tuple[int, int, bool]  # family, position, whether it was computed from an uncompacted past
+CHECKS = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+HISTORIES = settings(max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=CHECKS)
 
 
-def text(family: int, start: int, end: int) -> list[int]:
-    return [family * 100_000 + position for position in range(start, end)]
+def engine(lag: int, **changes: Any) -> type[Engine]:
+    return type("Engine", (Engine,), {"lag": lag, "config": Engine.config.model_copy(update=changes)})
 
 
-@dataclass
-class Tracked:
-    request: Request
-    family: int
-    live: set[int] = field(default_factory=set)
-    """Positions that the model says attention must see."""
-    compacted: bool = False
+VARIANTS = {
+    f"{scheduling}, prompt {prompt}, {growth}": engine(lag, prompt=prompt, reserve_growth=growth == "growth reserved")
+    for lag, scheduling in enumerate(("sync", "async"))
+    for prompt in ("pin", "compress")
+    for growth in ("tight pool", "growth reserved")
+}
 
 
-@dataclass
-class Scheduled:
-    """One request's share of a step in flight."""
-
-    tracked: Tracked
-    tokens: int
-    attempt: int
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_invariants_hold_over_random_histories(variant: str) -> None:
+    run_state_machine_as_test(VARIANTS[variant], settings=HISTORIES)
 
 
-class Engine(RuleBasedStateMachine):
-    lag = 0  # steps in flight when the next one is scheduled: 1 is async scheduling
-
-    def __init__(self) -> None:
-        super().__init__()
-        init_none_hash(sha256)
-        self.hasher = get_request_block_hasher(BLOCK, sha256)
-        spec = CompactedAttentionSpec(
-            block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, compression=CONFIG,
-            decode_in_flight_tokens=1 + self.lag, chunk_in_flight_tokens=(1 + self.lag) * CHUNK,
-        )  # fmt: skip
-        self.manager = KVCacheManager(
-            KVCacheConfig(POOL, [], [KVCacheGroupSpec(["layer"], spec)]),
-            max_model_len=2000, scheduler_block_size=BLOCK, hash_block_size=BLOCK, enable_caching=True,
-        )  # fmt: skip
-        (ours,) = self.manager.coordinator.single_type_managers
-        assert isinstance(ours, CompactedAttentionManager)
-        self.ours, self.pool = ours, self.manager.block_pool
-        self.requests: dict[str, Request] = {}
-        ours.requests = self.requests
-        self.waiting: deque[Tracked] = deque()
-        self.running: list[Tracked] = []
-        self.in_flight: deque[list[Scheduled]] = deque()
-        self.cache: dict[tuple[int, int], Token] = {}
-        self.draw = random.Random(0)
-        self.count = 0
-
-    @rule(family=st.integers(0, 2), tokens=st.integers(1, 150))
-    def arrive(self, family: int, tokens: int) -> None:
-        if len(self.waiting) > 3:
-            return
-        self.count += 1
-        request = Request(
-            f"r{self.count}", text(family, 0, tokens), SamplingParams(max_tokens=300), None, block_hasher=self.hasher
-        )
-        self.requests[request.request_id] = request
-        self.waiting.append(Tracked(request, family))
-
-    @rule(steps=st.integers(1, 40), chunk=st.integers(1, CHUNK), seed=st.integers(0, 2**20))
-    def run(self, steps: int, chunk: int, seed: int) -> None:
-        self.draw.seed(seed)
-        for _ in range(steps):
-            self.step(chunk)
-            self.blocks_are_conserved()
-            self.nothing_approximate_is_published()
-
-    def step(self, chunk: int) -> None:
-        """One scheduler step and its execution, in vLLM's order: running requests first, then one waiting."""
-        scheduled: list[Scheduled] = []
-        preempted = False
-        for tracked in list(self.running):
-            if tracked not in self.running:
-                continue  # preempted by an earlier one in this step
-            new = min(chunk, max(1, tracked.request.num_tokens - tracked.request.num_computed_tokens))
-            while self.manager.allocate_slots(tracked.request, new) is None:
-                victim, preempted = self.running[-1], True
-                self.preempt(victim)
-                scheduled = [s for s in scheduled if s.tracked is not victim]
-                if victim is tracked:
-                    break
-            else:
-                scheduled.append(Scheduled(tracked, new, tracked.request.num_preemptions))
-        if self.waiting and not preempted and self.waiting[0].request.num_in_flight_tokens == 0:
-            self.admit(chunk, scheduled)
-        self.execute(scheduled)
-        for share in scheduled:
-            share.tracked.request.num_computed_tokens += share.tokens
-            share.tracked.request.num_in_flight_tokens += share.tokens
-        self.in_flight.append(scheduled)
-        if len(self.in_flight) > self.lag:
-            self.settle(self.in_flight.popleft())
-
-    def admit(self, chunk: int, scheduled: list[Scheduled]) -> None:
-        tracked = self.waiting[0]
-        request = tracked.request
-        hits, hit_tokens, _ = self.manager.get_computed_blocks(request)
-        new = min(chunk, request.num_tokens - hit_tokens)
-        if self.manager.allocate_slots(request, new, hit_tokens, hits, full_sequence_must_fit=True) is None:
-            return
-        self.waiting.popleft()
-        self.running.append(tracked)
-        request.status = RequestStatus.RUNNING
-        request.num_computed_tokens = hit_tokens
-        tracked.live, tracked.compacted = set(range(hit_tokens)), False
-        scheduled.append(Scheduled(tracked, new, request.num_preemptions))
-
-    def settle(self, step: list[Scheduled]) -> None:
-        for share in step:
-            request = share.tracked.request
-            request.num_in_flight_tokens -= share.tokens
-            stale = request.num_preemptions != share.attempt or share.tracked not in self.running
-            if stale or request.num_computed_tokens - request.num_in_flight_tokens < request.num_tokens:
-                continue
-            request.append_output_token_ids(text(share.tracked.family, request.num_tokens, request.num_tokens + 1))
-            self.manager.cache_blocks(request, request.num_tokens - 1)
-            if request.num_output_tokens >= request.max_tokens:
-                self.finish(share.tracked)
-
-    def preempt(self, tracked: Tracked) -> None:
-        self.manager.free(tracked.request)
-        self.running.remove(tracked)
-        tracked.request.num_computed_tokens = 0
-        tracked.request.num_preemptions += 1
-        tracked.request.status = RequestStatus.PREEMPTED
-        self.waiting.appendleft(tracked)
-
-    def finish(self, tracked: Tracked) -> None:
-        self.manager.free(tracked.request)
-        self.running.remove(tracked)
-        del self.requests[tracked.request.request_id]
-
-    @precondition(lambda self: self.running)
-    @rule(index=st.integers(0, 10))
-    def abort(self, index: int) -> None:
-        self.finish(self.running[index % len(self.running)])
-
-    @precondition(lambda self: self.running)
-    @rule(index=st.integers(0, 10))
-    def preempt_any(self, index: int) -> None:
-        self.preempt(self.running[index % len(self.running)])
-
-    def execute(self, scheduled: list[Scheduled]) -> None:
-        """The simulated worker: orders first, then the writes of this step."""
-        orders, self.ours.orders = self.ours.orders, []
-        by_id = {tracked.request.request_id: tracked for tracked in self.running}
-        for order in orders:
-            tokens = order.processed_tokens - order.first_dead_block * BLOCK
-            dead = (order.first_live_block - order.first_dead_block) * BLOCK
-            score = torch.tensor([[[self.draw.random() for _ in range(tokens)]]])
-            score[..., tokens - CONFIG.window :] = 2
-            for block in order.protected_blocks:
-                score[..., block * BLOCK : (block + 1) * BLOCK] = 2
-            kept = torch.zeros(1, 1, tokens, dtype=torch.bool)
-            kept.scatter_(-1, score.topk(tokens - dead).indices, True)
-            slots = [(block, offset) for block in order.block_ids for offset in range(BLOCK)]
-            if tracked := by_id.get(order.request_id):
-                processed = set(range(order.processed_tokens))
-                pinned = set(range(order.first_dead_block * BLOCK)) if not tracked.compacted else set()
-                if tracked.compacted:
-                    end = self.ours.pinned_blocks(tracked.request.num_prompt_tokens) * BLOCK
-                    pinned = {p for p in tracked.live if p < end}
-                survivors = {self.cache[slots[i]][1] for i in kept.flatten().nonzero().flatten().tolist()}
-                tracked.live = (tracked.live - processed) | pinned | survivors
-                tracked.compacted = True
-            moves = hole_fills(kept, dead)
-            for source, target in zip(moves.source.tolist(), moves.target.tolist(), strict=True):
-                block = self.pool.blocks[slots[target][0]]
-                if order.request_id in by_id:
-                    assert block.ref_cnt == 1, "wrote into a block that another request reads"
-                    assert block.block_hash is None, "wrote into a block that later requests may hit"
-                self.cache[slots[target]] = self.cache[slots[source]]
-        for share in scheduled:
-            tracked, start = share.tracked, share.tracked.request.num_computed_tokens
-            table = self.ours.req_to_blocks[tracked.request.request_id]
-            for position in range(start, start + share.tokens):
-                block = table[position // BLOCK]
-                assert not block.is_null
-                self.cache[block.block_id, position % BLOCK] = (tracked.family, position, not tracked.compacted)
-                tracked.live.add(position)
-            self.check_view(tracked, start + share.tokens)
-
-    def check_view(self, tracked: Tracked, length: int) -> None:
-        """What attention reads through the squeezed row is exactly what the model says is live."""
-        table = self.ours.req_to_blocks[tracked.request.request_id]
-        seen = [
-            self.cache[block.block_id, offset]
-            for index, block in enumerate(table)
-            if not block.is_null
-            for offset in range(min(BLOCK, length - index * BLOCK))
-        ]
-        assert all(family == tracked.family for family, _, _ in seen)
-        positions = [position for _, position, _ in seen]
-        assert len(positions) == len(set(positions)), "a token is seen twice"
-        assert set(positions) == tracked.live
-        assert sum(not b.is_null for b in table) <= self.ours.bound(tracked.request) or not tracked.compacted
-
-    @invariant()
-    def blocks_are_conserved(self) -> None:
-        held = {
-            b.block_id for t in self.running for b in self.ours.req_to_blocks[t.request.request_id] if not b.is_null
-        }
-        assert len(held) + self.pool.get_num_free_blocks() == POOL - 1
-        for tracked in self.running:
-            table = self.ours.req_to_blocks[tracked.request.request_id]
-            assert self.ours.held_blocks(tracked.request.request_id) == sum(not b.is_null for b in table)
-
-    @invariant()
-    def nothing_approximate_is_published(self) -> None:
-        for block in self.pool.blocks:
-            if block.block_hash is not None:
-                tokens = [self.cache[block.block_id, offset] for offset in range(BLOCK)]
-                assert all(exact for _, _, exact in tokens)
-                first = tokens[0][1]
-                assert first % BLOCK == 0
-                assert [position for _, position, _ in tokens] == list(range(first, first + BLOCK))
-
-    def teardown(self) -> None:
-        for tracked in list(self.running):
-            self.finish(tracked)
-        assert self.pool.get_num_free_blocks() == POOL - 1
+def test_the_histories_were_ten_thousand_steps_and_more() -> None:
+    assert Engine.steps_taken >= 10_000
 
 
-class AsyncEngine(Engine):
-    lag = 1
+def hashes_are_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockPool, "_maybe_evict_cached_block", lambda _self, block: block.block_hash is not None)
 
 
-class TestSyncScheduling(Engine.TestCase):
-    settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
+def shared_blocks_are_not_protected(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        "triattention.vllm.kv_manager.CompactionOrder",
+        lambda **fields: CompactionOrder(**fields | {"protected_blocks": ()}),
+    )
 
 
-class TestAsyncScheduling(AsyncEngine.TestCase):
-    settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
+def hashes_are_published_after_a_compaction(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompactedAttentionManager, "cache_blocks", FullAttentionManager.cache_blocks)
+
+
+def dead_blocks_are_not_freed(patch: pytest.MonkeyPatch) -> None:
+    def forget(self: CompactedAttentionManager, request_id: str, first: int, last: int) -> None:
+        self.req_to_blocks[request_id][first:last] = [self._null_block] * (last - first)
+
+    patch.setattr(CompactedAttentionManager, "_remove_blocks_in_range", forget)
+
+
+def one_more_block_dies_than_the_order_says(patch: pytest.MonkeyPatch) -> None:
+    remove = CompactedAttentionManager._remove_blocks_in_range
+
+    def too_many(self: CompactedAttentionManager, request_id: str, first: int, last: int) -> None:
+        remove(self, request_id, first, last + 1)
+
+    patch.setattr(CompactedAttentionManager, "_remove_blocks_in_range", too_many)
+
+
+def compactions_come_late(patch: pytest.MonkeyPatch) -> None:
+    def late(processed: int, first: int, size: int, config: Any) -> int | None:
+        return first_live_block(processed - 4 * size, first, size, config)
+
+    patch.setattr("triattention.vllm.kv_manager.first_live_block", late)
+
+
+def growth_of_running_requests_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    held = CompactedAttentionManager.held_blocks
+    patch.setattr(CompactedAttentionManager, "held_blocks", lambda self, request_id: held(self, request_id) + 100)
+    patch.setattr(Engine, "blocks_are_conserved", lambda self: None)
+
+
+def orders_are_carried_out_at_once_whatever_they_share(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(state_machine, "independent", lambda orders: [list(orders)])
+
+
+MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
+    (hashes_are_kept, "prompt pin, tight pool", "wrote into a block that later requests may hit"),
+    (shared_blocks_are_not_protected, "prompt pin, tight pool", "wrote into a block that another request reads"),
+    (hashes_are_published_after_a_compaction, "prompt pin, tight pool", "an approximate block is published"),
+    (dead_blocks_are_not_freed, "prompt pin, tight pool", "blocks are lost or held twice"),
+    (one_more_block_dies_than_the_order_says, "prompt pin, tight pool", "what is read back is not what is live"),
+    (compactions_come_late, "prompt compress, tight pool", "live blocks exceed the bound"),
+    (growth_of_running_requests_is_forgotten, "prompt pin, growth reserved", "cannot grow although"),
+    (
+        orders_are_carried_out_at_once_whatever_they_share,
+        "prompt compress, tight pool",
+        "token is seen twice|not what is live|another request's",
+    ),
+]
+
+
+@pytest.mark.parametrize(("mutant", "variant", "name"), MUTANTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_mutant_is_caught_by_the_name_of_what_it_breaks(
+    monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None], variant: str, name: str
+) -> None:
+    mutant(monkeypatch)
+    searching = settings(
+        HISTORIES,
+        max_examples=300,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+    )
+    with pytest.raises(AssertionError, match=name):
+        run_state_machine_as_test(VARIANTS[f"async, {variant}"], settings=searching)

@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 import vllm
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, UnitaryKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1ModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 SURFACE: list[tuple[Callable[..., Any], list[str]]] = [
     (FullAttentionManager.remove_skipped_blocks, ["request_id", "processed_computed_tokens", "num_prompt_tokens"]),
@@ -34,12 +41,23 @@ SURFACE: list[tuple[Callable[..., Any], list[str]]] = [
     (KVCacheSpecRegistry.register, ["kvcache_spec_cls", "manager_class", "uniform_type_base_spec"]),
     (KVCacheSpecRegistry._ensure_registered, ["vllm_config"]),
     (AsyncScheduler.add_request, ["request"]),
+    (AsyncScheduler._get_local_prefix_cache_hit, ["request"]),
+    (KVCacheManager.create_kv_cache_blocks, ["blocks"]),
+    (UnitaryKVCacheCoordinator.find_longest_cache_hit, ["block_hashes", "max_cache_hit_length"]),
+    (HybridKVCacheCoordinator.find_longest_cache_hit, ["block_hashes", "max_cache_hit_length"]),
     (AsyncScheduler.update_from_output, ["scheduler_output", "model_runner_output"]),
     (AsyncScheduler._preempt_request, ["request", "timestamp", "drop_stale_output"]),
     (CPUWorker.get_kv_cache_spec, []),
     (CPUWorker.initialize_from_config, ["kv_cache_config"]),
     (CPUWorker.execute_model, ["scheduler_output"]),
     (CPUAttentionMetadataBuilder.build, ["common_prefix_len", "common_attn_metadata", "fast_build"]),
+    (FlashAttentionMetadataBuilder.build, ["common_prefix_len", "common_attn_metadata", "fast_build"]),
+    (TritonAttentionMetadataBuilder.build, ["common_prefix_len", "common_attn_metadata", "fast_build"]),
+    (Worker.get_kv_cache_spec, []),
+    (Worker.initialize_from_config, ["kv_cache_config"]),
+    (Worker.execute_model, ["scheduler_output"]),
+    (Worker.sample_tokens, ["grammar_output"]),
+    (StagedWriteTensor.stage_write, ["index", "start", "x"]),
     (CPUAttentionBackendImpl.do_kv_cache_update, ["layer", "key", "value", "kv_cache", "slot_mapping"]),
 ]  # fmt: skip
 
@@ -63,5 +81,31 @@ def test_blocks_are_removed_before_they_are_allocated_on_the_processed_token_bas
         ".allocate_new_blocks(",
         ".cache_blocks(",
     ]
+    positions = [source.index(step) for step in steps]
+    assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize(
+    ("function", "steps"),
+    [
+        (
+            V1ModelRunner.execute_model,
+            ["self.synchronize_input_prep()", "self._update_states(", "self._build_attention_metadata("],
+        ),
+        (
+            V2ModelRunner.execute_model,
+            [
+                "self.finish_requests(", "self.add_requests(", "self.update_requests(",
+                "self.block_tables.apply_staged_writes()", "self.prepare_attn(",
+            ],
+        ),
+    ],
+    ids=["V1", "V2"],
+)  # fmt: skip
+def test_runners_read_block_tables_only_after_they_took_up_what_changed(
+    function: Callable[..., Any], steps: list[str]
+) -> None:
+    """Our nulls are written before `execute_model`; the V1 runner's copy of the step before must be over by then."""
+    source = inspect.getsource(function)
     positions = [source.index(step) for step in steps]
     assert positions == sorted(positions)

@@ -35,6 +35,11 @@ def interpreter() -> Iterator[Interpret]:
 def _start() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    multiply_bf16_as_numbers()
+
+
+def multiply_bf16_as_numbers() -> None:
+    """In a process that interprets. Not in one that compiles: it is imported here."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

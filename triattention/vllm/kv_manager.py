@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -157,6 +158,15 @@ class CompactedAttentionManager(FullAttentionManager):
             in_flight_tokens=self.spec.chunk_in_flight_tokens if resumed else self.spec.decode_in_flight_tokens,
         )
 
+    def hit_limit(self, request: Request) -> int:
+        """Most tokens that prefix-cache hits may bring at admission: more would be dead in the next step.
+
+        Without it a request could start with more blocks than its bound, or, where they fill the pool, never.
+        """
+        pinned = self.pinned_blocks(request.num_prompt_tokens)
+        live = self.config.budget + max(self.config.interval, self.block_size) - 1
+        return (pinned + live // self.block_size) * self.block_size
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -185,6 +195,22 @@ class CompactedAttentionManager(FullAttentionManager):
             request_id, min(num_tokens, bound * self.block_size), new_computed_blocks, *args, **kwargs
         )
         return needed + growth
+
+
+def limit_hits(
+    manager: KVCacheManager, request: Request, blocks: KVCacheBlocks, tokens: int
+) -> tuple[KVCacheBlocks, int]:
+    """What `KVCacheManager.get_computed_blocks` found, or what it finds within the groups' `hit_limit`."""
+    limits = [
+        group.hit_limit(request)
+        for group in manager.coordinator.single_type_managers
+        if isinstance(group, CompactedAttentionManager)
+    ]
+    if tokens <= min(limits, default=tokens):
+        return blocks, tokens
+    # Looked up anew: a sliding-window group needs other blocks for a shorter hit.
+    found, tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, min(limits))
+    return manager.create_kv_cache_blocks(found), tokens
 
 
 def register_spec() -> None:

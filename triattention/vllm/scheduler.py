@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -15,7 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from triattention.bounds import cdiv
 from triattention.report import COMPACTION_BUCKETS_SECONDS, FIRST_COMPACTION_BUCKETS_SECONDS, REPORT_KEY, EngineReport
-from triattention.vllm.kv_manager import CompactedAttentionManager
+from triattention.vllm.kv_manager import CompactedAttentionManager, limit_hits
 from triattention.vllm.orders import CompactionOrder, attach_orders, seconds_of
 from triattention.vllm.support import check_supported, compression_config, sends_reports
 
@@ -40,6 +41,11 @@ class CompactionScheduler(AsyncScheduler):
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(manager, CompactedAttentionManager)
         ]
+        if compression_config(self.vllm_config) is not None and not self.compacted:
+            raise ValueError(
+                'additional_config holds "triattention" settings but no layer is compacted: set worker_cls to '
+                "triattention.vllm.worker.CompactionWorker as well."
+            )
         for manager in self.compacted:
             manager.requests = self.requests
         self.total_blocks = self.kv_cache_config.num_blocks - 1  # without the null block
@@ -74,6 +80,10 @@ class CompactionScheduler(AsyncScheduler):
                 seconds = time.time() - request.arrival_time
                 self.first_compaction_seconds += seconds
                 self.first_compaction_counts[bisect_left(FIRST_COMPACTION_BUCKETS_SECONDS, seconds)] += 1
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        return *limit_hits(self.kv_cache_manager, request, blocks, tokens), boundary, diverged
 
     def add_request(self, request: Request) -> None:
         if not self.requests:

@@ -22,6 +22,7 @@ from triattention.vllm.block_tables import mirror_of
 from triattention.vllm.compactor import Compactor, policy_context
 from triattention.vllm.kv_manager import CompactedAttentionSpec
 from triattention.vllm.orders import CompactionOrder, orders_of
+from triattention.vllm.scheduler import CompactionScheduler
 from triattention.vllm.support import check_supported, compression_config
 from triattention.vllm.timing import Stopwatch, TimedOutput, with_times
 
@@ -36,6 +37,11 @@ class CompactingWorker(Worker):
             raise ValueError(
                 "worker_cls is triattention.vllm.worker.CompactionWorker but additional_config holds no "
                 '"triattention" settings: add them, or leave worker_cls unset.'
+            )
+        if not issubclass(vllm_config.scheduler_config.get_scheduler_cls(), CompactionScheduler):
+            raise ValueError(
+                "KV compression needs the scheduler that gives its orders: set scheduler_cls to "
+                "triattention.vllm.scheduler.CompactionScheduler."
             )
         self.compression = config
         self.compactors: dict[int, Compactor] = {}
