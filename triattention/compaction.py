@@ -1,4 +1,6 @@
-"""The compaction plan: which blocks die and which survivors move where. Pure; knows nothing of vLLM.
+"""The compaction plan: when one is due and which blocks die. Pure; knows nothing of vLLM.
+
+Which survivors move where is `triattention.kernels.plan`'s, from scores.
 
 Blocks of a request, block size 4, two pinned prompt blocks, budget 8, at L = 22 processed tokens:
 
@@ -10,10 +12,6 @@ Blocks of a request, block size 4, two pinned prompt blocks, budget 8, at L = 22
 tokens the best 10 are kept; each one that stands in block 2 is copied into a hole, an evicted slot of 12..21. Slots
 keep their order by position only before the first compaction; attention does not care, RoPE is in the keys.
 """
-
-from dataclasses import dataclass
-
-import torch
 
 from triattention.config import CompressionConfig
 
@@ -28,27 +26,3 @@ def first_live_block(processed_tokens: int, first_block: int, block_size: int, c
         return None
     cut = (processed_tokens - config.budget) // block_size
     return cut if cut > first_block else None
-
-
-@dataclass(frozen=True)
-class Moves:
-    """Copies of one token's key and value within one (layer, KV head); parallel int64 vectors [moves]."""
-
-    layer: torch.Tensor
-    head: torch.Tensor
-    source: torch.Tensor
-    """Slot in the dying blocks, counted from the start of the old live region."""
-    target: torch.Tensor
-    """Evicted slot in the surviving blocks, counted the same way."""
-
-
-def hole_fills(kept: torch.Tensor, dead_slots: int) -> Moves:
-    """Copies that bring every survivor of the first `dead_slots` slots into a hole of the rest.
-
-    `kept` is bool [layers, kv_heads, tokens] with exactly `tokens - dead_slots` True per (layer, head), so each
-    (layer, head) has as many survivors to move as holes to fill, and both lists line up row by row.
-    """
-    layer, head, source = kept[..., :dead_slots].nonzero(as_tuple=True)
-    _, _, hole = (~kept[..., dead_slots:]).nonzero(as_tuple=True)
-    assert hole.numel() == source.numel(), "kept count differs from the number of live slots"
-    return Moves(layer, head, source, hole + dead_slots)

@@ -19,7 +19,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from triattention.compaction import hole_fills
+from tests.unit.hole_fills import hole_fills
 from triattention.config import CompressionConfig
 from triattention.vllm.compactor import independent
 from triattention.vllm.kv_manager import CompactedAttentionManager, CompactedAttentionSpec, limit_hits
@@ -248,7 +248,8 @@ class Engine(RuleBasedStateMachine):
         assert len(held) + self.pool.get_num_free_blocks() == POOL - 1, "blocks are lost or held twice"
         for tracked in self.running:
             table = self.ours.req_to_blocks[tracked.request.request_id]
-            assert self.ours.held_blocks(tracked.request.request_id) == sum(not b.is_null for b in table)
+            held_blocks = self.ours.held_blocks(tracked.request.request_id)
+            assert held_blocks == sum(not b.is_null for b in table), "a request's blocks are miscounted"
 
     @invariant()
     def nothing_approximate_is_published(self) -> None:
@@ -264,4 +265,4 @@ class Engine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for tracked in list(self.running):
             self.finish(tracked)
-        assert self.pool.get_num_free_blocks() == POOL - 1
+        assert self.pool.get_num_free_blocks() == POOL - 1, "blocks are lost or held twice"

@@ -76,3 +76,13 @@ def test_a_budget_larger_than_the_request_gives_plain_vllms_tokens(
     llm = engine(ample)
     assert generate(llm, prompts) == generate(engine(None), prompts)
     assert scheduler_of(llm).compacted[0].compactions == 0
+
+
+def test_all_layers_are_scored_and_moved_in_one_operation(engine: EngineFactory, statistics: Path) -> None:
+    """On a CPU vLLM lays them evenly spaced in one memory: no loop over layers is needed."""
+    small = CompressionConfig(budget=128, interval=96, window=16, statistics=statistics)
+    core = engine(small, async_scheduling=True).llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+    (compactor,) = core.model_executor.driver_worker.worker.compactors.values()
+    for cache in (compactor.keys, compactor.values):
+        assert cache.all_layers is not None
+        assert len(cache.all_layers) == len(cache.layers) == 3

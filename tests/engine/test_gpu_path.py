@@ -17,7 +17,7 @@ from tests.engine.interpreted_engine import BLOCK
 from tests.engine.reference import DenseReference
 from triattention.config import CompressionConfig, Selection
 
-TOKENS = 90
+TOKENS = 80
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from triattention.vllm.kv_manager import CompactedAttentionManager
 from triattention.vllm.orders import CompactionOrder
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-HISTORIES = settings(max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=CHECKS)
+HISTORIES = settings(max_examples=20, stateful_step_count=50, deadline=None, suppress_health_check=CHECKS)
 
 
 def engine(lag: int, **changes: Any) -> type[Engine]:
@@ -79,9 +79,20 @@ def compactions_come_late(patch: pytest.MonkeyPatch) -> None:
 
 
 def growth_of_running_requests_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    held = CompactedAttentionManager.held_blocks
-    patch.setattr(CompactedAttentionManager, "held_blocks", lambda self, request_id: held(self, request_id) + 100)
-    patch.setattr(Engine, "blocks_are_conserved", lambda self: None)
+    allocate = CompactedAttentionManager.get_num_blocks_to_allocate
+
+    def forgetful(self: CompactedAttentionManager, *arguments: Any, **keywords: Any) -> int:
+        config, self.config = self.config, self.config.model_copy(update={"reserve_growth": False})
+        try:
+            return allocate(self, *arguments, **keywords)
+        finally:
+            self.config = config
+
+    patch.setattr(CompactedAttentionManager, "get_num_blocks_to_allocate", forgetful)
+
+
+def hits_are_not_limited(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CompactedAttentionManager, "hit_limit", lambda _self, request: request.num_tokens)
 
 
 def orders_are_carried_out_at_once_whatever_they_share(patch: pytest.MonkeyPatch) -> None:
@@ -89,12 +100,13 @@ def orders_are_carried_out_at_once_whatever_they_share(patch: pytest.MonkeyPatch
 
 
 MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
-    (hashes_are_kept, "prompt pin, tight pool", "wrote into a block that later requests may hit"),
+    (hashes_are_kept, "prompt pin, tight pool", "that later requests may hit|not what its hash says"),
     (shared_blocks_are_not_protected, "prompt pin, tight pool", "wrote into a block that another request reads"),
     (hashes_are_published_after_a_compaction, "prompt pin, tight pool", "an approximate block is published"),
     (dead_blocks_are_not_freed, "prompt pin, tight pool", "blocks are lost or held twice"),
     (one_more_block_dies_than_the_order_says, "prompt pin, tight pool", "what is read back is not what is live"),
     (compactions_come_late, "prompt compress, tight pool", "live blocks exceed the bound"),
+    (hits_are_not_limited, "prompt compress, tight pool", "live blocks exceed the bound"),
     (growth_of_running_requests_is_forgotten, "prompt pin, growth reserved", "cannot grow although"),
     (
         orders_are_carried_out_at_once_whatever_they_share,

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.hole_fills import hole_fills
 from triattention.bounds import blocks_bound
-from triattention.compaction import first_live_block, hole_fills
+from triattention.compaction import first_live_block
 from triattention.config import CompressionConfig
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.unit.hole_fills import hole_fills
 from tests.unit.kernel_cases import Case, make_case, poisoned_outputs, worst_score_error
 from tests.unit.tiny_models import random_statistics, yarn
 from triattention import kernels
-from triattention.compaction import hole_fills
 from triattention.kernels import HoleFills, LiveRegion, LiveRegions, PagedCache
 from triattention.scoring import Scorer
 from triattention.selection import select

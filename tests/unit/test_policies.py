@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unit.hole_fills import hole_fills
 from tests.unit.tiny_models import qwen3, random_statistics
-from triattention.compaction import hole_fills
 from triattention.config import CompressionConfig
 from triattention.policies import Policy, PolicyContext, create_policy, policy_names, register
 from triattention.policies.base import _factories

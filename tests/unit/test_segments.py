@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.hole_fills import hole_fills
 from triattention import kernels
-from triattention.compaction import hole_fills
 from triattention.config import CompressionConfig, Selection
 from triattention.kernels import HoleFills, LiveRegion, LiveRegions
 from triattention.segments import SegmentQuota, spread_evictions

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from triattention.kernels.vocabulary import HoleFills, LiveRegions, PagedCache, QueryWeights
+from triattention.selection import select
 
 # Keys that are widened to fp32 at a time.
 _NUMBERS_BYTES = 8 << 20
@@ -56,7 +57,9 @@ def plan(scores: Tensor, regions: LiveRegions, window: int, shared: bool) -> Hol
     target = torch.empty_like(source)
     for request, region in enumerate(regions.regions):
         fills = regions.fill_slice(request)
-        kept = _kept(scores[..., regions.token_slice(request)], region.tokens - region.dead_slots, window)
+        kept = select(
+            scores[..., regions.token_slice(request)], region.tokens - region.dead_slots, window, "per_layer_per_head"
+        )
         source[..., fills] = _slots(kept[..., : region.dead_slots], region.dead_slots)
         target[..., fills] = _slots(~kept[..., region.dead_slots :], region.dead_slots, region.dead_slots)
     return HoleFills(source, target)
@@ -125,16 +128,6 @@ def as_heads(bands: Tensor, weights: QueryWeights) -> Tensor:
     half = weights.rotary_dim // 2
     front, tail = bands[..., :half], bands[..., half:]
     return torch.cat((front.real, front.imag, tail.real, tail.imag), dim=-1)
-
-
-def _kept(scores: Tensor, keep: int, window: int) -> Tensor:
-    """As `triattention.selection.select` of one set per row: bool, `keep` True along the last axis."""
-    tokens = scores.shape[-1]
-    old = scores[..., : tokens - window].nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    order = old.argsort(dim=-1, descending=True, stable=True)
-    kept = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-    kept[..., : tokens - window] = False
-    return kept.scatter_(-1, order[..., : keep - window], True)
 
 
 def _slots(mask: Tensor, capacity: int, first: int = 0) -> Tensor:

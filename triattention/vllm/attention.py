@@ -10,11 +10,19 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from triattention import kernels
 from triattention.vllm.kv_manager import CompactedAttentionSpec
+
+
+def override_backend(backend: AttentionBackendEnum, ours: type[AttentionBackend]) -> None:
+    """Put ours in the place of vLLM's own, also where an engine in this process has chosen one before."""
+    register_backend(backend, f"{ours.__module__}.{ours.__name__}")
+    _cached_get_attn_backend.cache_clear()
 
 
 class SqueezingBuilder(AttentionMetadataBuilder[Any]):

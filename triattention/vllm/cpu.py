@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from triattention.kernels import PagedCache
-from triattention.vllm.attention import SqueezingBuilder
+from triattention.vllm.attention import SqueezingBuilder, override_backend
 from triattention.vllm.layout import cpu_caches
 from triattention.vllm.worker_core import CompactingWorker
 
@@ -25,7 +25,7 @@ class CompactedCPUAttentionBackend(CPUAttentionBackend):
 
 class CPUCompactionWorker(CompactingWorker, CPUWorker):
     def register_backends(self) -> None:
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{CompactedCPUAttentionBackend.__name__}")
+        override_backend(AttentionBackendEnum.CPU_ATTN, CompactedCPUAttentionBackend)
 
     def caches_of(self, layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
         return cpu_caches(layers)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionMetadataBuilder
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
 from vllm.v1.worker.gpu_worker import Worker
 
 from triattention.kernels import PagedCache
-from triattention.vllm.attention import SqueezingBuilder
+from triattention.vllm.attention import SqueezingBuilder, override_backend
 from triattention.vllm.layout import gpu_caches
 from triattention.vllm.worker_core import CompactingWorker
 
@@ -47,7 +47,7 @@ BACKENDS = {
 class GPUCompactionWorker(CompactingWorker, Worker):
     def register_backends(self) -> None:
         for backend, ours in BACKENDS.items():
-            register_backend(backend, f"{ours.__module__}.{ours.__name__}")
+            override_backend(backend, ours)
 
     def caches_of(self, layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
         return gpu_caches(layers)
