@@ -12,16 +12,17 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from triattention import kernels
 from triattention.config import CompressionConfig
 from triattention.vllm.attention import SqueezingBuilder
-from triattention.vllm.cpu import CompactedCPUMetadataBuilder
+from triattention.vllm.cpu import CompactedCPUMetadataBuilder, CPUCompactionWorker
 from triattention.vllm.gpu import (
-    BACKENDS,
     CompactedFlashMetadataBuilder,
     CompactedTritonMetadataBuilder,
+    GPUCompactionWorker,
 )
 from triattention.vllm.kv_manager import CompactedAttentionSpec
 
@@ -128,9 +129,12 @@ def test_a_cpu_step_without_a_compacted_request_does_no_work(
     assert ours.build(0, common).block_table is common.block_table_tensor
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_our_backends_differ_from_vllms_in_their_builder_only(backend: object) -> None:
-    ours = BACKENDS[backend]  # type: ignore[index]
-    assert ours.get_name() == backend.name  # type: ignore[attr-defined]
+BACKENDS = GPUCompactionWorker.backends | CPUCompactionWorker.backends
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_our_backends_differ_from_vllms_in_their_builder_only(backend: AttentionBackendEnum) -> None:
+    ours = BACKENDS[backend]
+    assert ours.get_name() == backend.name
     assert set(vars(ours)) - {"__module__", "__doc__", "__abstractmethods__", "_abc_impl"} == {"get_builder_cls"}
     assert issubclass(ours.get_builder_cls(), SqueezingBuilder)

@@ -1,6 +1,7 @@
 """Compaction on vLLM's CPU worker: its attention backend's builder, its cache layouts."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
@@ -8,7 +9,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from triattention.kernels import PagedCache
-from triattention.vllm.attention import SqueezingBuilder, override_backend
+from triattention.vllm.attention import SqueezingBuilder
 from triattention.vllm.layout import cpu_caches
 from triattention.vllm.worker_core import CompactingWorker
 
@@ -24,8 +25,7 @@ class CompactedCPUAttentionBackend(CPUAttentionBackend):
 
 
 class CPUCompactionWorker(CompactingWorker, CPUWorker):
-    def register_backends(self) -> None:
-        override_backend(AttentionBackendEnum.CPU_ATTN, CompactedCPUAttentionBackend)
+    backends: ClassVar = {AttentionBackendEnum.CPU_ATTN: CompactedCPUAttentionBackend}
 
     def caches_of(self, layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
         return cpu_caches(layers)

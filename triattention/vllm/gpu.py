@@ -5,6 +5,7 @@ addresses of its own, which every step refills (`SqueezingBuilder`); compactions
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionMetadataBuilder
@@ -13,7 +14,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 from vllm.v1.worker.gpu_worker import Worker
 
 from triattention.kernels import PagedCache
-from triattention.vllm.attention import SqueezingBuilder, override_backend
+from triattention.vllm.attention import SqueezingBuilder
 from triattention.vllm.layout import gpu_caches
 from triattention.vllm.worker_core import CompactingWorker
 
@@ -38,16 +39,11 @@ class CompactedTritonAttentionBackend(TritonAttentionBackend):
         return CompactedTritonMetadataBuilder
 
 
-BACKENDS = {
-    AttentionBackendEnum.FLASH_ATTN: CompactedFlashAttentionBackend,
-    AttentionBackendEnum.TRITON_ATTN: CompactedTritonAttentionBackend,
-}
-
-
 class GPUCompactionWorker(CompactingWorker, Worker):
-    def register_backends(self) -> None:
-        for backend, ours in BACKENDS.items():
-            override_backend(backend, ours)
+    backends: ClassVar = {
+        AttentionBackendEnum.FLASH_ATTN: CompactedFlashAttentionBackend,
+        AttentionBackendEnum.TRITON_ATTN: CompactedTritonAttentionBackend,
+    }
 
     def caches_of(self, layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
         return gpu_caches(layers)

@@ -5,11 +5,13 @@ compaction orders before each step.
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -17,7 +19,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from triattention.kernels import PagedCache
 from triattention.policies import create_policy
-from triattention.vllm.attention import SqueezingBuilder
+from triattention.vllm.attention import SqueezingBuilder, override_backend
 from triattention.vllm.block_tables import mirror_of
 from triattention.vllm.compactor import Compactor, policy_context
 from triattention.vllm.kv_manager import CompactedAttentionSpec
@@ -29,6 +31,9 @@ from triattention.vllm.timing import Stopwatch, TimedOutput, with_times
 
 class CompactingWorker(Worker):
     """Mixed in before a platform's own worker, which is a `Worker` too."""
+
+    backends: ClassVar[dict[AttentionBackendEnum, type[AttentionBackend]]]
+    """The attention backends that the platform's worker may choose, with our metadata builders in them."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         check_supported(vllm_config)
@@ -49,12 +54,9 @@ class CompactingWorker(Worker):
         """Running requests whose rows hold null blocks."""
         self.timed: list[tuple[Stopwatch, int]] = []
         """Compactions since the last output: a watch, and how many it has seen."""
-        self.register_backends()
+        for backend, ours in self.backends.items():
+            override_backend(backend, ours)
         super().__init__(vllm_config, *args, **kwargs)
-
-    @abstractmethod
-    def register_backends(self) -> None:
-        """Put our metadata builders into the attention backends that this platform's worker may choose."""
 
     @abstractmethod
     def caches_of(self, layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
@@ -93,8 +95,8 @@ class CompactingWorker(Worker):
             for builder in attention.metadata_builders:
                 if not isinstance(builder, SqueezingBuilder):
                     raise ValueError(
-                        f"KV compression does not know the attention backend {attention.backend.get_name()}: "
-                        "set attention_backend to one that docs/gpu.md names, or remove the triattention settings."
+                        f"KV compression does not know the attention backend {attention.backend.get_name()}: set "
+                        f"attention_backend to {' or '.join(backend.name for backend in self.backends)}."
                     )
                 if builder.kv_cache_spec.block_size != spec.block_size or attention.kernel_block_size is not None:
                     raise ValueError(
