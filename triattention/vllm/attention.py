@@ -65,8 +65,9 @@ class SqueezingBuilder(AttentionMetadataBuilder[Any]):
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     def squeezed(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        block_table, lengths = metadata.block_table_tensor, metadata.seq_lens
-        rows = block_table.shape[0]
+        lengths = metadata.seq_lens
+        rows = len(lengths)
+        block_table = metadata.block_table_tensor[:rows]
         squeezed, live_lengths = self.block_table[:rows, : block_table.shape[1]], self.live_lengths[:rows]
         kernels.squeeze(block_table, lengths, self.kv_cache_spec.block_size, squeezed, live_lengths)
         return replace(metadata, block_table_tensor=squeezed, seq_lens=live_lengths)
