@@ -118,6 +118,27 @@ def http(
 
 
 @app.command()
+def router(
+    json_path: Json = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="length of each part")] = 10.0,
+) -> None:
+    """The coordinator over Ray, with fake engines: latency and rate of its decisions, age of what it decides on."""
+    from benchmarks.router import bench_router
+
+    figures = bench_router(seconds)
+    table = Table(title=f"One coordinator, {figures['replicas']} fake replicas")
+    for heading in ("", "50th percentile", "99th percentile"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, figure in (("a decision", "acquire"), ("age of the report behind it", "report_age")):
+        table.add_row(f"{name}, ms", *(f"{figures[f'{figure}_p{percent}_ms']:.2f}" for percent in (50, 99)))
+    table.caption = (
+        f"At {figures['steady_per_second']} requests a second. At most {figures['acquires_per_second']:,.0f} decisions "
+        f"a second, with {figures['in_flight']} asked for at once."
+    )
+    _report(table, figures, json_path)
+
+
+@app.command()
 def soak(
     json_path: Json = None,
     minutes: Annotated[float, typer.Option(min=0.2, help="how long the load goes on")] = 60.0,

@@ -17,7 +17,20 @@ from dashboards.panels import (
     value,
 )
 from dashboards.promql import bucket_rate, increase, mean, quantile, rate, series
-from deploy.metrics import ADMISSIONS, QUEUE_LENGTH, QUEUE_WAIT, REJECTIONS, RUNNING, WAITING
+from deploy.metrics import (
+    ADMISSIONS,
+    BLOCK_SECONDS,
+    ENDED_REQUESTS,
+    FIRST_TOKEN,
+    FIRST_TOKEN_TARGET,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    QUEUE_LENGTH,
+    QUEUE_WAIT,
+    REJECTIONS,
+    RUNNING,
+    WAITING,
+)
 
 REFUSED = f"sum({increase(REJECTIONS)})"
 SOME_REFUSED = ((None, GREEN), (0.01, ORANGE), (0.05, RED))
@@ -74,5 +87,23 @@ def dashboard() -> Dashboard:
                 "Placed but not running: the engine's max_num_seqs is reached, or a preempted one waits for blocks.",
                 COUNT, Query(series(WAITING), "{{replica}}"), width=8,
             ),
+        )),
+        Row("By tier", (
+            lines(
+                "Time to first token by tier, 95th percentile",
+                "From a request's arrival at the router to the first byte of its answer, queue included, against the "
+                "tier's target (0: none).",
+                SECONDS,
+                Query(quantile(0.95, FIRST_TOKEN, "tier"), "{{tier}}"),
+                Query(f"max by (tier) ({series(FIRST_TOKEN_TARGET)})", "target of {{tier}}"),
+            ),
+            lines("Requests that ended per second, by tier", "In whatever way.",
+                  PER_SECOND, Query(f"sum by (tier) ({rate(ENDED_REQUESTS)})", "{{tier}}")),
+            lines("Tokens per second, by tier", "Prompt and output, counted when a request ends.",
+                  PER_SECOND,
+                  Query(f"sum by (tier) ({rate(PROMPT_TOKENS)})", "prompt, {{tier}}"),
+                  Query(f"sum by (tier) ({rate(OUTPUT_TOKENS)})", "output, {{tier}}")),
+            lines("KV blocks held on average, by tier", "Block-seconds per second: what fair share is weighed by.",
+                  COUNT, Query(f"sum by (tier) ({rate(BLOCK_SECONDS)})", "{{tier}}")),
         )),
     )  # fmt: skip

@@ -19,16 +19,21 @@ from dashboards.panels import (
 )
 from dashboards.promql import increase, rate, series
 from deploy.metrics import (
+    COORDINATOR_START,
+    DRAINING,
     DRIFT_BLOCKS,
     FRESH,
     LEASE_EXPIRATIONS,
     PLACEMENTS,
+    PROBES,
     REPORT_AGE,
     REPORTS_IGNORED,
     RESERVATIONS,
+    RETRIES,
     RUNNING,
     TOTAL_BLOCKS,
     WAITING,
+    WANTED_REPLICAS,
 )
 
 ZERO_IS_GOOD = ((None, GREEN), (1, RED))
@@ -52,6 +57,31 @@ def dashboard() -> Dashboard:
             value("Reports ignored, in the period shown",
                   "Duplicate, overtaken by a later one, or of an engine that is gone. A few at restarts are normal.",
                   COUNT, Query(f"sum({increase(REPORTS_IGNORED)})", "reports"), width=6),
+        )),
+        Row("Failures", (
+            lines(
+                "Retries and probes per second",
+                "Retries: a replica failed before the first byte of its answer and the request went to another. "
+                "Probes: a silent replica was asked for a report.",
+                PER_SECOND,
+                Query(f"sum({rate(RETRIES)})", "retries"),
+                Query(f"sum({rate(PROBES)})", "probes"),
+                width=8,
+            ),
+            lines(
+                "Restarts of the coordinator",
+                "In the last hour. While it is away requests flow, placed without regard to headroom.",
+                COUNT, Query(f"sum(changes({series(COORDINATOR_START)}[1h]))", "restarts"), width=8,
+            ),
+            lines(
+                "Replicas that report against replicas wanted",
+                "Wanted: what autoscaling, or else the settings, ask for. Fewer for long: replicas do not start.",
+                COUNT,
+                Query(f"sum({series(FRESH)})", "report"),
+                Query(f"sum({series(DRAINING)})", "drain"),
+                Query(f"max({series(WANTED_REPLICAS)})", "wanted"),
+                width=8,
+            ),
         )),
         Row("Placement", (
             lines(

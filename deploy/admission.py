@@ -1,85 +1,62 @@
 """Who is let in, when, and where: the coordinator's decisions, and the queue of those who wait.
 
 Owns when the queue is served, its deadline and bypass, and the counts of what was decided. The ledger holds the
-blocks, `demand.py` says what a request needs, `queue.py` who is next, `placement.py` chooses among the replicas that
-fit. No Ray, no clock, no threads: the same code runs in the actor, in the tests and in the simulation.
+blocks, `demand.py` says what a request needs, `queue.py` who is next, `fairness.py` gives every tenant its share,
+`placement.py` chooses among the replicas that fit. No Ray, no clock, no threads: the same code runs in the actor, in
+the tests and in the simulation.
 """
 
-import bisect
 import math
 import random
-from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from deploy.affinity import PrefixIndex
 from deploy.demand import blocks_needed, refuse_if_never
-from deploy.ledger import EVERY_ROW, Ledger, ReplicaSnapshot
-from deploy.messages import CapacityReport, Decision, Demand, Placement, Refusal
+from deploy.fairness import Shares
+from deploy.ledger import EVERY_ROW, Ledger
+from deploy.messages import CapacityReport, Decision, Demand, FleetLoad, Placement, Refusal, TierUsage
 from deploy.placement import POLICIES, Candidates, Policy
 from deploy.queue import LONG, SHORT, Claims, Queue, Waiting
+from deploy.release_rate import ReleaseRate
 from deploy.settings import CoordinatorSettings
+from deploy.snapshot import REJECTION_REASONS, FleetSnapshot, TierCounts, TierSnapshot
+from deploy.tiers import Tier, with_default
+from deploy.usage import UsageBook
 
-REJECTION_REASONS = ("over_max_model_len", "over_kv_pool", "queue_full", "queue_deadline", "no_replica")
-
-WAIT_BUCKETS_SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-RELEASE_WINDOW_SECONDS = 30.0
-LONGEST_RETRY_AFTER_SECONDS = 120
 LEASE_CHECK_SECONDS = 1.0
-
-
-@dataclass
-class WaitHistogram:
-    """How long the requests of one class waited for their place, in Prometheus' buckets."""
-
-    counts: list[int] = field(default_factory=lambda: [0] * (len(WAIT_BUCKETS_SECONDS) + 1))
-    """Per bucket, not cumulative; the last one is for longer waits than any bucket's."""
-    sum_seconds: float = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self.counts[bisect.bisect_left(WAIT_BUCKETS_SECONDS, seconds)] += 1
-        self.sum_seconds += seconds
-
-    def copy(self) -> "WaitHistogram":
-        return WaitHistogram(list(self.counts), self.sum_seconds)
-
-
-@dataclass(frozen=True)
-class FleetSnapshot:
-    """The fleet at one moment, for metrics, `trifleet status` and tests. Counts run from the start."""
-
-    replicas: tuple[ReplicaSnapshot, ...]
-    queue_length: dict[str, int]
-    """Waiting requests by class, "short" and "long"."""
-    queued_blocks: int
-    """What the waiting requests need together."""
-    waits: dict[str, WaitHistogram]
-    """Time from submission to placement by class; 0 seconds for those who did not wait."""
-    admissions: int
-    placements: dict[str, dict[str, int]]
-    """Replica -> reason -> placements."""
-    rejections: dict[str, int]
-    """Reason -> refusals; every reason of REJECTION_REASONS is there."""
-    lease_expirations: int
-    reports_ignored: int
-    released_blocks_per_second: float
-    """The pace at which reservations end; Retry-After is computed from it."""
+# For so long a request keeps away from the replica that failed it. If that one reports after that it lives, and may be
+# the only one.
+AVOID_SECONDS = 3.0
 
 
 class Admission:
     """The coordinator's core. `now` is in seconds and never goes back; every method returns at once."""
 
-    def __init__(self, settings: CoordinatorSettings, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        rng: random.Random | None = None,
+        tiers: Mapping[str, Tier] | None = None,
+    ) -> None:
         self._settings = settings
+        self._tiers = with_default(tiers or {})
         self._rng = rng or random.Random()
         self._ledger = Ledger(settings.lease_seconds, settings.stale_report_seconds, settings.watermark_blocks)
         self._queue = Queue()
-        self._releases = _ReleaseRate()
+        self._releases = ReleaseRate()
         self._leases_checked_at = -math.inf
         self._placements: dict[str, Counter[str]] = {}
-        self._rejections: Counter[str] = Counter()
-        self._admissions = 0
-        self._waits = {SHORT: WaitHistogram(), LONG: WaitHistogram()}
+        self._counts = {tier: TierCounts() for tier in self._tiers}
+        self._usage = UsageBook()
+        # A class of its own virtual time each: the classes do not wait for each other.
+        self._shares = {SHORT: Shares(), LONG: Shares()}
+        self._prefixes = PrefixIndex()
+        self._retries = 0
 
     def submit(self, demand: Demand, now: float) -> Decision | None:
         """Place or refuse a request now, or queue it (None): its decision then comes from another call.
@@ -91,13 +68,12 @@ class Admission:
         refusal = self._refuse_if_never(demand)
         if refusal is not None:
             return refusal
-        waiting = self._waiting(demand, now)
-        self._queue.add(waiting)
+        waiting = self._enter(demand, now)
         placed = self._serve(now, only=waiting)
         if placed:
             return placed[0]
         if len(self._queue) > self._settings.queue_length:
-            self._queue.remove(waiting)
+            self._leave(waiting)
             return self._refuse(
                 waiting,
                 status=429,
@@ -113,7 +89,11 @@ class Admission:
         known = self._ledger.replicas.get(report.replica)
         is_new = known is None or known.report.epoch != report.epoch
         is_taken = self._ledger.observe(report, now)
+        for reservation in report.finished:
+            self._settle(reservation, report.block_seconds.get(reservation, 0.0))
         decisions: list[Decision] = []
+        if is_taken:
+            self._usage.observe(report)
         if is_taken and report.replica not in self._placements:
             # Zeros from the start: a series that begins with its first placement hides that rate.
             reasons = (self._settings.short_placement, self._settings.long_placement)
@@ -122,7 +102,7 @@ class Admission:
             for waiting in self._queue:
                 refusal = self._refuse_if_never(waiting.demand)
                 if refusal is not None:
-                    self._queue.remove(waiting)
+                    self._leave(waiting)
                     decisions.append(refusal)
         return decisions + (self._serve(now) if decisions else self._serve_changed(report.replica, now))
 
@@ -137,47 +117,104 @@ class Admission:
             return self._serve_changed(replica, now)
         waiting = self._queue.get(reservation)
         if waiting is not None:
-            self._queue.remove(waiting)
+            self._leave(waiting)
             return self._serve(now)
         return []
+
+    def failed(self, reservation: str, demand: Demand, now: float) -> Demand:
+        """A replica failed a request before it answered: its reservation ends, and `demand`, the same anew, avoids it.
+
+        The replica gets nothing until it reports again: it may be dead or only have lost a connection.
+        """
+        self._retries += 1
+        replica = self._ledger.replica_of(reservation)
+        if replica is None:
+            return demand
+        self._ledger.release(reservation, now)
+        self._ledger.suspect(replica)
+        return replace(demand, avoid=replica)
+
+    def set_listed(self, replicas: frozenset[str], now: float) -> list[Decision]:
+        """The replicas that Serve sends requests to: the others start or drain, and get nothing new."""
+        self._ledger.set_listed(replicas)
+        return self._serve(now)
+
+    def stale(self, now: float) -> list[str]:
+        """Replicas that are listed and silent: whoever can should ask them for a report."""
+        limit = self._settings.stale_report_seconds
+        return [name for name in self.silent(now, limit) if self._ledger.replicas[name].is_listed]
+
+    def load(self, now: float) -> FleetLoad:
+        """What autoscaling looks at."""
+        table, fresh = self._ledger.table, self._ledger.fresh(now)
+        capacity = int(table.usable[fresh].sum())
+        return FleetLoad(int(fresh.sum()), capacity, capacity - int(table.headroom[fresh].sum()), self._queue.blocks)
 
     def remove_replica(self, replica: str, now: float) -> list[Decision]:
         """The replica is gone: its bookings end, its series disappear, late reports of it are ignored."""
         self._ledger.remove(replica, now)
+        self._usage.remove(replica)
         self._placements.pop(replica, None)
         return self._serve(now)
+
+    def report_age(self, replica: str, now: float) -> float:
+        """Seconds since its last report; the replica is known."""
+        return self._ledger.replicas[replica].age_seconds(now)
+
+    def gone(self, now: float, seconds: float) -> list[str]:
+        """Replicas that were silent for so long that they are dead, or stopped after they had drained."""
+        stale = self.silent(now, self._settings.stale_report_seconds)
+        known = self._ledger.replicas
+        return [r for r in stale if known[r].is_draining or known[r].age_seconds(now) > seconds]
 
     def silent(self, now: float, seconds: float) -> list[str]:
         """Replicas that nothing was heard of for longer than that."""
         table = self._ledger.table
-        return [table.names[row] for row in np.flatnonzero(now - table.heard_at > seconds)]
+        shut = [table.names[row] for row in np.flatnonzero(now - table.heard_at > seconds)]
+        return [name for name in shut if self._ledger.replicas[name].age_seconds(now) > seconds]
 
     def tick(self, now: float) -> list[Decision]:
         """What time alone changes: leases, deadlines. Call it a few times a second."""
         if now - self._leases_checked_at >= LEASE_CHECK_SECONDS:
             self._leases_checked_at = now
             self._ledger.expire(now)
+            for reservation in [r for r in self._unsettled() if r not in self._ledger and r not in self._queue]:
+                # Nobody told what it took: its replica died, or it never got there.
+                self._settle(reservation, 0.0)
         decisions = self._serve(now)
         deadline = self._settings.queue_deadline_seconds
         for waiting in [w for w in self._queue if now - w.since >= deadline]:
-            self._queue.remove(waiting)
+            self._leave(waiting)
             decisions.append(self._refuse_late(waiting, now))
         return decisions
 
     def snapshot(self, now: float) -> FleetSnapshot:
-        lengths = Counter(waiting.kind for waiting in self._queue)
+        lengths = Counter((waiting.demand.tier, waiting.kind) for waiting in self._queue)
+        usage = self._usage.totals()
+        tiers = {
+            name: TierSnapshot(
+                first_token_target_seconds=tier.first_token_target_seconds,
+                queue_length={kind: lengths[name, kind] for kind in (SHORT, LONG)},
+                counts=self._counts[name].copy(),
+                usage=usage.get(name, TierUsage()),
+            )
+            for name, tier in self._tiers.items()
+        }
         self._releases.observe(self._ledger.ended_blocks, now)
         return FleetSnapshot(
             replicas=self._ledger.snapshot(now),
-            queue_length={kind: lengths[kind] for kind in (SHORT, LONG)},
+            tiers=tiers,
+            queue_length={kind: sum(tier.queue_length[kind] for tier in tiers.values()) for kind in (SHORT, LONG)},
             queued_blocks=self._queue.blocks,
-            waits={kind: histogram.copy() for kind, histogram in self._waits.items()},
-            admissions=self._admissions,
+            admissions=sum(tier.counts.admissions for tier in tiers.values()),
             placements={replica: dict(counts) for replica, counts in self._placements.items()},
-            rejections={reason: self._rejections[reason] for reason in REJECTION_REASONS},
+            rejections={
+                reason: sum(tier.counts.rejections[reason] for tier in tiers.values()) for reason in REJECTION_REASONS
+            },
             lease_expirations=self._ledger.lease_expirations,
             reports_ignored=self._ledger.reports_ignored,
             released_blocks_per_second=self._releases.per_second(now),
+            retries=self._retries,
         )
 
     # -- the queue ---------------------------------------------------------------------------------------
@@ -233,22 +270,40 @@ class Admission:
             return None
         fits &= self._ledger.fresh(now, rows) & claimed.open()
         first_row = rows.start or 0
-        if closed is not None and 0 <= closed - first_row < len(fits):
-            fits[closed - first_row] = False
+        avoided = waiting.demand.avoid if now - waiting.since < AVOID_SECONDS else None
+        for barred in (closed, table.row_of.get(avoided or "")):
+            if barred is not None and 0 <= barred - first_row < len(fits):
+                fits[barred - first_row] = False
         found = np.flatnonzero(fits)
         if not len(found):
             return None
-        candidates = Candidates(headroom[found], need[found], table.requests[rows][found])
+        candidates = Candidates(
+            headroom[found], need[found], table.requests[rows][found], *self._ties(waiting.demand, found + first_row)
+        )
         name = self._settings.short_placement if waiting.kind == SHORT else self._settings.long_placement
         policy: Policy = POLICIES[name]
         chosen = policy(candidates, self._rng)
         replica = table.names[first_row + found[chosen]]
         self._ledger.book(waiting.demand.reservation, replica, int(candidates.need_blocks[chosen]), now)
         self._queue.remove(waiting)
-        self._admissions += 1
+        self._shares[waiting.kind].placed(waiting.demand.reservation)
+        counts = self._counts[waiting.demand.tier]
+        counts.admissions += 1
+        counts.waits[waiting.kind].observe(now - waiting.since)
         self._placements[replica][name] += 1
-        self._waits[waiting.kind].observe(now - waiting.since)
+        self._prefixes.note(waiting.demand.prefix, replica)
         return Placement(waiting.demand.reservation, replica, name)
+
+    def _ties(self, demand: Demand, rows: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """What decides between equal replicas: how much of the prompt each has cached, and whether it is near."""
+        table = self._ledger.table
+        affinity = np.zeros(len(table), np.int64)
+        for replica, depth in self._prefixes.shared(demand.prefix).items():
+            row = table.row_of.get(replica)
+            if row is not None:
+                affinity[row] = depth
+        is_local = table.node[rows] == table.nodes.get(demand.node, -1)
+        return affinity[rows], is_local
 
     def _closest(self, needs: tuple[int, ...], now: float) -> int | None:
         """The row of most headroom that could ever take it; None where it is the only one that takes requests."""
@@ -259,22 +314,50 @@ class Admission:
             return None
         return int(able[table.headroom[able].argmax()])
 
-    def _waiting(self, demand: Demand, now: float) -> Waiting:
+    def _enter(self, demand: Demand, now: float) -> Waiting:
+        """Into the queue: the request's class, its place, and what its tenant is charged for it."""
         is_short = demand.total_tokens * demand.sequences <= self._settings.short_request_tokens
-        return Waiting(
+        kind = SHORT if is_short else LONG
+        blocks = min((blocks_needed(demand, kind) for kind, _ in self._ledger.table.largest), default=0)
+        tier, step = self._tiers[demand.tier], self._settings.aging_seconds
+        first = self._queue.first(kind)
+        shares = self._shares[kind]
+        shares.advance(now, None if first is None else first.begin)
+        flow = (demand.tenant, demand.priority)
+        start = shares.charge(demand.reservation, flow, tier.share, blocks, self._capacity())
+        begin = start + demand.priority * step
+        waiting = Waiting(
             demand=demand,
             since=now,
-            kind=SHORT if is_short else LONG,
-            rank=demand.priority * self._settings.aging_seconds + now,
-            blocks=min((blocks_needed(demand, kind) for kind, _ in self._ledger.table.largest), default=0),
+            kind=kind,
+            begin=begin,
+            rank=begin + (tier.first_token_target_seconds or step),
+            blocks=blocks,
         )
+        self._queue.add(waiting)
+        return waiting
+
+    def _leave(self, waiting: Waiting) -> None:
+        """Out of the queue without a place."""
+        self._queue.remove(waiting)
+        self._settle(waiting.demand.reservation, 0.0)
+
+    def _settle(self, reservation: str, block_seconds: float) -> None:
+        for shares in self._shares.values():
+            shares.settle(reservation, block_seconds, self._capacity())
+
+    def _unsettled(self) -> list[str]:
+        return [reservation for shares in self._shares.values() for reservation in shares.charges]
+
+    def _capacity(self) -> int:
+        return int(self._ledger.table.usable.sum())
 
     # -- refusals ----------------------------------------------------------------------------------------
 
     def _refuse_if_never(self, demand: Demand) -> Refusal | None:
         refusal = refuse_if_never(demand, self._ledger.table.largest)
         if refusal is not None:
-            self._rejections[refusal.reason] += 1
+            self._counts[demand.tier].rejections[refusal.reason] += 1
         return refusal
 
     def _refuse_late(self, waiting: Waiting, now: float) -> Refusal:
@@ -288,39 +371,13 @@ class Admission:
         return self._refuse(waiting, status=503, reason=reason, message=message, now=now)
 
     def _refuse(self, waiting: Waiting, status: int, reason: str, message: str, now: float) -> Refusal:
-        self._rejections[reason] += 1
+        self._counts[waiting.demand.tier].rejections[reason] += 1
         return Refusal(
             waiting.demand.reservation,
             status=status,
             reason=reason,
             message=message,
-            retry_after_seconds=self._retry_after(self._queue.blocks + waiting.blocks, now),
+            retry_after_seconds=self._releases.retry_after(
+                self._queue.blocks + waiting.blocks, now, self._settings.queue_deadline_seconds
+            ),
         )
-
-    def _retry_after(self, blocks: int, now: float) -> int:
-        """Seconds until so many blocks are released at the pace observed; if none was, the deadline."""
-        rate = self._releases.per_second(now)
-        seconds = blocks / rate if rate > 0 else self._settings.queue_deadline_seconds
-        return min(LONGEST_RETRY_AFTER_SECONDS, max(1, math.ceil(seconds)))
-
-
-class _ReleaseRate:
-    """Blocks per second at which bookings ended, over the last RELEASE_WINDOW_SECONDS."""
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[float, int]] = deque()
-
-    def observe(self, ended_blocks: int, now: float) -> None:
-        """`ended_blocks` counts from the start."""
-        if not self._samples or self._samples[-1][1] != ended_blocks:
-            self._samples.append((now, ended_blocks))
-        # The sample before the window stays: it is the count at the window's begin.
-        while len(self._samples) > 1 and self._samples[1][0] <= now - RELEASE_WINDOW_SECONDS:
-            self._samples.popleft()
-
-    def per_second(self, now: float) -> float:
-        if not self._samples:
-            return 0.0
-        begin = max(self._samples[0][0], now - RELEASE_WINDOW_SECONDS)
-        released = self._samples[-1][1] - self._samples[0][1]
-        return released / max(1.0, now - begin)

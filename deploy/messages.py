@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from replicas.messages import CapacityReport, ReplicaLimits
+from deploy.tiers import ANONYMOUS, DEFAULT_TIER
+from replicas.messages import CapacityReport, ReplicaLimits, TierUsage
 
-__all__ = ["CapacityReport", "Decision", "Demand", "Placement", "Refusal", "ReplicaLimits"]
+__all__ = ["CapacityReport", "Decision", "Demand", "Placement", "Refusal", "ReplicaLimits", "TierUsage"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,28 @@ class Demand:
     total_tokens: int
     sequences: int = 1
     priority: int = 0
+    tier: str = DEFAULT_TIER
+    tenant: str = ANONYMOUS
+    """Whose share of the queue it is charged to."""
+    avoid: str | None = None
+    """A replica that has just failed this request: it does not go there again."""
+    prefix: tuple[int, ...] = ()
+    """Hashes of the prompt's beginning, the shortest first (`affinity.prefix_hashes`)."""
+    node: str = ""
+    """The node on which it came in; empty where unknown."""
+
+
+@dataclass(frozen=True)
+class FleetLoad:
+    """The replicas that take requests, for autoscaling. Blocks."""
+
+    replicas: int
+    capacity_blocks: int
+    """All pools together, less the watermarks."""
+    committed_blocks: int
+    """Held, reserved, and predicted growth."""
+    queued_blocks: int
+    """What the waiting requests need."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Every metric of ours, by name, and how a fleet snapshot is exposed. Dashboards and tests import the names.
 
 `triattention_` is what the engines say of themselves, `trifleet_` what the coordinator knows and decides.
-Labels are `model`, `replica`, `reason` and `class`; never a request, so the number of series is bounded by
-the number of replicas. An engine that starts anew starts its counters anew, as Prometheus expects of one.
+Labels are `model`, `replica`, `reason`, `class` and `tier`; never a request or a key, so the number of series is
+bounded by the number of replicas and of tiers. An engine that starts anew starts its counters anew, as Prometheus
+expects of one.
 """
 
 import json
@@ -20,13 +21,15 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from deploy.admission import WAIT_BUCKETS_SECONDS, FleetSnapshot
 from deploy.ledger import ReplicaSnapshot
+from deploy.snapshot import WAIT_BUCKETS_SECONDS, FleetSnapshot, TierSnapshot
+from replicas.messages import FIRST_TOKEN_BUCKETS_SECONDS
 from triattention.report import COMPACTION_BUCKETS_SECONDS
 
 Kind = Literal["counter", "gauge", "histogram"]
 REPLICA = ("model", "replica")
 FLEET = ("model",)
+TIER = ("model", "tier")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,12 @@ REPORT_AGE = Descriptor("trifleet_report_age_seconds", "gauge", "Age of the repl
 FRESH = Descriptor(
     "trifleet_replica_fresh", "gauge", "1 while the replica reports; 0 takes it out of placement.", REPLICA
 )
+DRAINING = Descriptor(
+    "trifleet_replica_draining",
+    "gauge",
+    "1 while the replica was told to stop and finishes what it has.",
+    REPLICA,
+)
 RUNNING = Descriptor("trifleet_running_requests", "gauge", "Sequences that decode, as last reported.", REPLICA)
 WAITING = Descriptor(
     "trifleet_waiting_requests", "gauge", "Sequences that wait inside the engine, as last reported.", REPLICA
@@ -111,14 +120,14 @@ PLACEMENTS = Descriptor(
     "trifleet_placements_total", "counter", "Requests placed on the replica, by reason.", (*REPLICA, "reason")
 )
 
-ADMISSIONS = Descriptor("trifleet_admissions_total", "counter", "Requests placed on any replica.", FLEET)
-REJECTIONS = Descriptor("trifleet_rejections_total", "counter", "Requests refused, by reason.", (*FLEET, "reason"))
+ADMISSIONS = Descriptor("trifleet_admissions_total", "counter", "Requests placed on any replica.", TIER)
+REJECTIONS = Descriptor("trifleet_rejections_total", "counter", "Requests refused, by reason.", (*TIER, "reason"))
 QUEUE_LENGTH = Descriptor(
-    "trifleet_queue_length", "gauge", "Requests that wait for a replica, by class.", (*FLEET, "class")
+    "trifleet_queue_length", "gauge", "Requests that wait for a replica, by class.", (*TIER, "class")
 )
 QUEUED_BLOCKS = Descriptor("trifleet_queued_blocks", "gauge", "Blocks that the waiting requests need.", FLEET)
 QUEUE_WAIT = Descriptor(
-    "trifleet_queue_wait_seconds", "histogram", "Time from submission to placement.", (*FLEET, "class")
+    "trifleet_queue_wait_seconds", "histogram", "Time from submission to placement.", (*TIER, "class")
 )
 LEASE_EXPIRATIONS = Descriptor(
     "trifleet_lease_expirations_total", "counter", "Reservations that ended unheard of.", FLEET
@@ -128,6 +137,40 @@ REPORTS_IGNORED = Descriptor(
     "counter",
     "Reports that were duplicate, overtaken or of a past epoch.",
     FLEET,
+)
+
+RETRIES = Descriptor(
+    "trifleet_retries_total",
+    "counter",
+    "Requests placed anew because their replica failed before the first byte of its answer.",
+    FLEET,
+)
+PROBES = Descriptor("trifleet_probes_total", "counter", "Silent replicas that were asked for a report.", FLEET)
+WANTED_REPLICAS = Descriptor(
+    "trifleet_wanted_replicas", "gauge", "Replicas that autoscaling, or else the settings, ask for.", FLEET
+)
+COORDINATOR_START = Descriptor(
+    "trifleet_coordinator_start_time_seconds",
+    "gauge",
+    "When the coordinator started, in seconds since 1970; it changes with every restart.",
+    FLEET,
+)
+ENDED_REQUESTS = Descriptor(
+    "trifleet_ended_requests_total", "counter", "Requests that ended on a replica, in whatever way.", TIER
+)
+PROMPT_TOKENS = Descriptor("trifleet_prompt_tokens_total", "counter", "Prompt tokens of ended requests.", TIER)
+OUTPUT_TOKENS = Descriptor("trifleet_output_tokens_total", "counter", "Output tokens of ended requests.", TIER)
+BLOCK_SECONDS = Descriptor(
+    "trifleet_kv_block_seconds_total",
+    "counter",
+    "KV blocks times the seconds for which ended requests held them.",
+    TIER,
+)
+FIRST_TOKEN = Descriptor(
+    "trifleet_first_token_seconds", "histogram", "Time from a request's arrival to its first answered byte.", TIER
+)
+FIRST_TOKEN_TARGET = Descriptor(
+    "trifleet_first_token_target_seconds", "gauge", "The tier's latency target; 0 where it has none.", TIER
 )
 
 METRICS: tuple[Descriptor, ...] = tuple(value for value in globals().values() if isinstance(value, Descriptor))
@@ -154,16 +197,29 @@ _PER_REPLICA: dict[Descriptor, Callable[[ReplicaSnapshot], float]] = {
     DRIFT_BLOCKS: lambda replica: replica.drift_blocks,
     REPORT_AGE: lambda replica: replica.report_age_seconds,
     FRESH: lambda replica: replica.fresh,
+    DRAINING: lambda replica: replica.draining,
     RUNNING: lambda replica: replica.engine.running,
     WAITING: lambda replica: replica.engine.waiting,
     RESERVATIONS: lambda replica: replica.reservations,
 }
 
 _PER_FLEET: dict[Descriptor, Callable[[FleetSnapshot], float]] = {
-    ADMISSIONS: lambda fleet: fleet.admissions,
     QUEUED_BLOCKS: lambda fleet: fleet.queued_blocks,
     LEASE_EXPIRATIONS: lambda fleet: fleet.lease_expirations,
     REPORTS_IGNORED: lambda fleet: fleet.reports_ignored,
+    RETRIES: lambda fleet: fleet.retries,
+    PROBES: lambda fleet: fleet.probes,
+    WANTED_REPLICAS: lambda fleet: fleet.wanted_replicas,
+    COORDINATOR_START: lambda fleet: fleet.started_at,
+}
+
+_PER_TIER: dict[Descriptor, Callable[[TierSnapshot], float]] = {
+    ADMISSIONS: lambda tier: tier.counts.admissions,
+    ENDED_REQUESTS: lambda tier: tier.usage.requests,
+    PROMPT_TOKENS: lambda tier: tier.usage.prompt_tokens,
+    OUTPUT_TOKENS: lambda tier: tier.usage.output_tokens,
+    BLOCK_SECONDS: lambda tier: tier.usage.block_seconds,
+    FIRST_TOKEN_TARGET: lambda tier: tier.first_token_target_seconds or 0.0,
 }
 
 
@@ -180,14 +236,26 @@ class FleetCollector(Collector):
             yield _family(metric, (((self._model, r.replica), of_replica(r)) for r in fleet.replicas))
         for metric, of_fleet in _PER_FLEET.items():
             yield _family(metric, [((self._model,), of_fleet(fleet))])
+        for metric, of_tier in _PER_TIER.items():
+            yield _family(metric, (((self._model, name), of_tier(tier)) for name, tier in fleet.tiers.items()))
         placements = (
             ((self._model, replica, reason), count)
             for replica, reasons in fleet.placements.items()
             for reason, count in reasons.items()
         )
         yield _family(PLACEMENTS, placements)
-        yield _family(REJECTIONS, (((self._model, reason), n) for reason, n in fleet.rejections.items()))
-        yield _family(QUEUE_LENGTH, (((self._model, kind), n) for kind, n in fleet.queue_length.items()))
+        rejections = (
+            ((self._model, name, reason), count)
+            for name, tier in fleet.tiers.items()
+            for reason, count in tier.counts.rejections.items()
+        )
+        yield _family(REJECTIONS, rejections)
+        lengths = (
+            ((self._model, name, kind), count)
+            for name, tier in fleet.tiers.items()
+            for kind, count in tier.queue_length.items()
+        )
+        yield _family(QUEUE_LENGTH, lengths)
         compactions = HistogramMetricFamily(
             COMPACTION_SECONDS.name, COMPACTION_SECONDS.help, labels=COMPACTION_SECONDS.labels
         )
@@ -196,11 +264,17 @@ class FleetCollector(Collector):
             compactions.add_metric((self._model, r.replica), buckets, r.engine.compaction_seconds)
         yield compactions
         waits = HistogramMetricFamily(QUEUE_WAIT.name, QUEUE_WAIT.help, labels=QUEUE_WAIT.labels)
-        for kind, histogram in fleet.waits.items():
-            waits.add_metric(
-                (self._model, kind), _buckets(WAIT_BUCKETS_SECONDS, histogram.counts), histogram.sum_seconds
-            )
+        first = HistogramMetricFamily(FIRST_TOKEN.name, FIRST_TOKEN.help, labels=FIRST_TOKEN.labels)
+        for name, tier in fleet.tiers.items():
+            for kind, histogram in tier.counts.waits.items():
+                waits.add_metric(
+                    (self._model, name, kind), _buckets(WAIT_BUCKETS_SECONDS, histogram.counts), histogram.sum_seconds
+                )
+            usage = tier.usage
+            buckets = _buckets(FIRST_TOKEN_BUCKETS_SECONDS, usage.first_token_counts)
+            first.add_metric((self._model, name), buckets, usage.first_token_seconds)
         yield waits
+        yield first
 
 
 def render(snapshot: FleetSnapshot, model: str) -> bytes:

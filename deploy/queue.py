@@ -26,9 +26,11 @@ class Waiting:
     since: float
     kind: str
     """SHORT or LONG."""
-    rank: float
-    """Its place: the lower, the earlier. Every step of priority is worth `aging_seconds` of waiting, so that
+    begin: float
+    """When its turn begins in its tenant's share. Every step of priority is worth `aging_seconds` of waiting, so that
     a low priority delays a request but never starves it. As in vLLM, a lower number is handled earlier."""
+    rank: float
+    """When it is due: its place in the queue, the lower, the earlier."""
     blocks: int
     """The least it needs on any known replica; 0 while none is known."""
     _needs: tuple[int, ...] = ()
@@ -48,6 +50,7 @@ class Queue:
         """What they need together."""
         self._ranked: list[Waiting] = []
         self._by_reservation: dict[str, Waiting] = {}
+        self._lengths = {SHORT: 0, LONG: 0}
 
     def __len__(self) -> int:
         return len(self._ranked)
@@ -61,15 +64,21 @@ class Queue:
     def get(self, reservation: str) -> Waiting | None:
         return self._by_reservation.get(reservation)
 
+    def first(self, kind: str) -> Waiting | None:
+        """The next of one class."""
+        return next((one for one in self._ranked if one.kind == kind), None) if self._lengths[kind] else None
+
     def add(self, waiting: Waiting) -> None:
         bisect.insort(self._ranked, waiting, key=lambda other: other.rank)
         self._by_reservation[waiting.demand.reservation] = waiting
         self.blocks += waiting.blocks
+        self._lengths[waiting.kind] += 1
 
     def remove(self, waiting: Waiting) -> None:
         self._ranked.remove(waiting)
         del self._by_reservation[waiting.demand.reservation]
         self.blocks -= waiting.blocks
+        self._lengths[waiting.kind] -= 1
 
 
 class Claims:

@@ -17,8 +17,10 @@ _ROW = np.dtype(
         ("headroom", np.int64),
         ("requests", np.int64),
         ("heard_at", np.float64),
+        ("node", np.intp),
     ]
 )
+UNKNOWN_NODE = -2
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,14 @@ class ReplicaTable:
     requests: NDArray[np.int64]
     """Running, waiting, and booked but not yet seen."""
     heard_at: NDArray[np.float64]
+    """When it last reported; -inf for one that gets nothing new, whatever it reported."""
+
+    node: NDArray[np.intp]
+    """Number of the node in `nodes`."""
 
     def __init__(self) -> None:
+        self.nodes: dict[str, int] = {}
+        """Every node that was ever seen, by name; unknown ones have no name and no number here."""
         self.kinds: list[ReplicaKind] = []
         """Every kind that was ever seen: there are as many as engine settings, not as replicas."""
         self.largest: list[tuple[ReplicaKind, int]] = []
@@ -66,8 +74,9 @@ class ReplicaTable:
         self._set(self.names[:row] + self.names[row + 1 :], np.delete(self._rows, row))
         self._find_largest()
 
-    def set_kind(self, replica: str, kind: ReplicaKind, usable_blocks: int) -> None:
+    def set_kind(self, replica: str, kind: ReplicaKind, usable_blocks: int, node: str) -> None:
         """What holds for as long as an engine lives."""
+        self.node[self.row_of[replica]] = self.nodes.setdefault(node, len(self.nodes)) if node else UNKNOWN_NODE
         if kind not in self.kinds:
             self.kinds.append(kind)
         row = self.row_of[replica]
@@ -87,7 +96,7 @@ class ReplicaTable:
         self._rows = rows
         # Views: writing to a column writes to the table.
         self.kind, self.usable, self.headroom = rows["kind"], rows["usable"], rows["headroom"]
-        self.requests, self.heard_at = rows["requests"], rows["heard_at"]
+        self.requests, self.heard_at, self.node = rows["requests"], rows["heard_at"], rows["node"]
 
     def _find_largest(self) -> None:
         self.largest = [

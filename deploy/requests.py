@@ -8,7 +8,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from deploy.affinity import prefix_hashes
 from deploy.messages import Demand
+from deploy.tiers import Tenant, Tier
 from replicas.headers import Answer
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions; chat has none
@@ -33,10 +35,17 @@ class Admissible:
     demand: Demand
     kind: str | None
     """"chat", "completion", or None for another endpoint or a body that has both fields."""
+    output_limit: int | None = None
+    """Tokens: what the replica must put into a body that has no limit, because the tier's is below the model's."""
 
 
-def examine(raw: bytes, reservation: str, served: Served, counter: TokenCounter) -> Admissible | Answer:
-    """The demand of a request, or the answer that refuses it."""
+def examine(
+    raw: bytes, reservation: str, served: Served, counter: TokenCounter, tenant: Tenant, tier: Tier
+) -> Admissible | Answer:
+    """The demand of a request of `tenant`, whose tier is `tier`, or the answer that refuses it."""
+    limit = _Limit("max_model_len", served.max_model_len)
+    if tier.max_context_tokens is not None and tier.max_context_tokens < limit.tokens:
+        limit = _Limit(f"max_context_tokens of tier {tenant.tier}", tier.max_context_tokens)
     try:
         body = _body(raw)
         _check_model(body, served)
@@ -47,15 +56,26 @@ def examine(raw: bytes, reservation: str, served: Served, counter: TokenCounter)
         prompts = _prompt_tokens(body, counter)
         if prompts is None:
             # Another endpoint's format, or a prompt that only vLLM can judge: a token is at least one byte.
-            prompt, sequences = min(len(raw), served.max_model_len - 1), choices
+            prompt, sequences = min(len(raw), limit.tokens - 1), choices
         else:
             prompt, sequences = _truncated(max(prompts), body), choices * len(prompts)
-            _check_length(prompt, asked, limit_name, served)
+            _check_length(prompt, asked, limit_name, limit)
     except _Wrong as wrong:
         return wrong.answer
-    default = DEFAULT_COMPLETION_TOKENS if kind == "completion" else served.max_model_len
-    total = min(prompt + (asked or default), served.max_model_len)
-    return Admissible(Demand(reservation, prompt, total, sequences), kind)
+    default = DEFAULT_COMPLETION_TOKENS if kind == "completion" else limit.tokens
+    total = min(prompt + (asked or default), limit.tokens)
+    demand = Demand(
+        reservation,
+        prompt,
+        total,
+        sequences,
+        priority=tier.priority,
+        tier=tenant.tier,
+        tenant=tenant.name,
+        prefix=prefix_hashes(_beginning(body)),
+    )
+    is_free = asked is None and limit.tokens < served.max_model_len
+    return Admissible(demand, kind, output_limit=total - prompt if is_free else None)
 
 
 def too_large(read_of_total: str) -> Answer:
@@ -64,6 +84,14 @@ def too_large(read_of_total: str) -> Answer:
         f"The request body is larger than this fleet takes (its first {read_of_total} bytes fit): shorten the prompt."
     )
     return Answer(413, "RequestEntityTooLargeError", message)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """Most tokens of prompt and output, and what says so."""
+
+    name: str
+    tokens: int
 
 
 class _Wrong(Exception):
@@ -131,6 +159,15 @@ def _limit_name(body: dict[str, Any]) -> str:
     return "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
 
 
+def _beginning(body: dict[str, Any]) -> str:
+    """Text that is equal as far as the prompts of two requests are: a later turn of a chat begins as the one before."""
+    prompt = body.get("messages") or body.get("prompt") or ""
+    if isinstance(prompt, str):
+        return prompt
+    # Without the closing brackets, which stand elsewhere in a longer chat.
+    return json.dumps([body.get("tools"), prompt])[:-2]
+
+
 def _prompt_tokens(body: dict[str, Any], counter: TokenCounter) -> list[int] | None:
     """Tokens of every prompt; None if they cannot be counted here."""
     if "messages" in body:
@@ -166,16 +203,16 @@ def _truncated(tokens: int, body: dict[str, Any]) -> int:
     return min(tokens, limit) if isinstance(limit, int) and limit > 0 else tokens
 
 
-def _check_length(prompt: int, asked: int | None, limit_name: str, served: Served) -> None:
-    room = served.max_model_len - prompt
+def _check_length(prompt: int, asked: int | None, limit_name: str, limit: _Limit) -> None:
+    room = limit.tokens - prompt
     if room < 1:
         raise _Wrong(
-            f"The prompt has {prompt} tokens, but max_model_len is {served.max_model_len} and at least one token of "
+            f"The prompt has {prompt} tokens, but {limit.name} is {limit.tokens} and at least one token of "
             "output must fit: shorten the prompt."
         )
     if asked is not None and asked > room:
         raise _Wrong(
-            f"{limit_name} is {asked}, but the prompt has {prompt} tokens and max_model_len is "
-            f"{served.max_model_len}: lower {limit_name} to at most {room}.",
+            f"{limit_name} is {asked}, but the prompt has {prompt} tokens and {limit.name} is "
+            f"{limit.tokens}: lower {limit_name} to at most {room}.",
             limit_name,
         )

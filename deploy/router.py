@@ -9,8 +9,11 @@ replica what to answer, and without a coordinator requests still flow, spread by
 """
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections import Counter
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -29,9 +32,11 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from deploy.coordinator import NAME, NAMESPACE
+from deploy.haproxy_wrapper import AGAIN_PREFIX
 from deploy.messages import Decision, Demand, Placement, Refusal
 from deploy.requests import Admissible, Served, examine, too_large
-from replicas.headers import KIND, REFUSAL, RESERVATION, Answer, new_reservation
+from deploy.tiers import Keyring, Tier, with_default
+from replicas.headers import KIND, OUTPUT_LIMIT, REFUSAL, RESERVATION, TIER, WAITED, Answer, new_reservation
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,12 +44,20 @@ logger = logging.getLogger("ray.serve")
 COORDINATOR_GRACE_SECONDS = 5.0
 RESOLVE_ATTEMPTS = 4
 RESOLVE_PAUSE_SECONDS = 0.5
+WATCH_SECONDS = 0.25
+PROBE_SECONDS = 2.0
+# HAProxy knows a new replica only after it has read its configuration anew: until then nothing is sent there.
+HAPROXY_RELOAD_SECONDS = 2.0
 
 _ERROR_TYPES = {
     400: "BadRequestError",
     429: "TooManyRequestsError",
     503: "ServiceUnavailableError",
 }
+
+
+LISTED: dict[str, frozenset[str]] = {}
+"""Deployment -> the replicas to which Serve sends its requests now, as last told to this process."""
 
 
 class AssignedReplicaRouter(PowerOfTwoChoicesRequestRouter):
@@ -65,73 +78,135 @@ class AssignedReplicaRouter(PowerOfTwoChoicesRequestRouter):
                     return [[replica]]
         return await super().choose_replicas(candidate_replicas, pending_request)
 
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        LISTED[self._deployment_id.name] = frozenset(replica.replica_id.unique_id for replica in replicas)
+
 
 @serve.ingress()
 class Router:
     def __init__(
-        self, replicas: DeploymentHandle[Any], model: str, served: Served, queue_deadline_seconds: float
+        self,
+        replicas: DeploymentHandle[Any],
+        model: str,
+        served: Served,
+        queue_deadline_seconds: float,
+        tiers: Mapping[str, Tier],
+        keyring: Keyring,
     ) -> None:
         # Here, because transformers takes seconds to import and the driver needs only this class's name.
         from deploy.tokens import ModelTokens
 
         self._replicas = replicas
         self._served = served
+        self._tiers = with_default(tiers)
+        self._keyring = keyring
         self._patience = queue_deadline_seconds + COORDINATOR_GRACE_SECONDS
         self._tokens = ModelTokens(model)
         # One thread: tokenizing stays off the event loop, and the tokenizer is not thread-safe.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens")
+        # HAProxy asks the router of its own node where there is one.
+        self._node = ray.get_runtime_context().get_node_id()
         self._coordinator: ActorHandle[Any] | None = None
-        self._refused_alone: Counter[str] = Counter()
+        self._refused_alone: Counter[tuple[str, str]] = Counter()
         self._placed_alone: Counter[str] = Counter()
-        self._background: set[asyncio.Task[None]] = set()
+        self._listed_at: dict[str, float] = {}
+        self._background: set[asyncio.Task[Any]] = set()
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    async def __serve_build_asgi_app__(self) -> Starlette:
         async def route(request: Request) -> JSONResponse:
             return JSONResponse(await self.route(request))
 
+        self._in_background(self._watch())
         return Starlette(routes=[Route("/internal/route", route, methods=["POST"])])
 
     async def route(self, request: Request) -> dict[str, Any]:
         """HAProxy's question: the client's body, whole or cut. The answer is `_route_to`'s."""
+        arrived_at = time.monotonic()
+        tenant = self._keyring.tenant(request.headers.get("authorization"))
         if cut := request.headers.get("x-body-truncated"):
-            return await self._refused(too_large(cut), "body_too_large")
+            return await self._refused(too_large(cut), tenant.tier, "body_too_large")
         body = await request.body()
         examined = await asyncio.get_running_loop().run_in_executor(
-            self._threads, examine, body, new_reservation(), self._served, self._tokens
-        )
+            self._threads,
+            examine, body, new_reservation(), self._served, self._tokens, tenant, self._tiers[tenant.tier],
+        )  # fmt: skip
         if isinstance(examined, Answer):
-            return await self._refused(examined, "unknown_model" if examined.status == 404 else "bad_request")
-        return await self._placed(examined)
+            reason = "unknown_model" if examined.status == 404 else "bad_request"
+            return await self._refused(examined, tenant.tier, reason)
+        examined = replace(examined, demand=replace(examined.demand, node=self._node))
+        return await self._placed(examined, failed=_came_back(request), arrived_at=arrived_at)
 
-    async def _placed(self, request: Admissible) -> dict[str, Any]:
-        headers = {} if request.kind is None else {KIND: request.kind}
+    async def _placed(self, request: Admissible, failed: str | None, arrived_at: float) -> dict[str, Any]:
+        """`failed`: the reservation under which a replica has failed this request already."""
+
+        def headers(reservation: str) -> dict[str, str]:
+            values = {
+                RESERVATION: reservation,
+                TIER: request.demand.tier,
+                WAITED: f"{time.monotonic() - arrived_at:.3f}",
+                KIND: request.kind,
+                OUTPUT_LIMIT: None if request.output_limit is None else str(request.output_limit),
+            }
+            return {name: value for name, value in values.items() if value is not None}
+
+        demand = request.demand
         # More than once, because the coordinator hears of a new replica before Serve lists it, and of a dead one
         # only by its silence.
         for _ in range(RESOLVE_ATTEMPTS):
-            decision = await self._decide(request.demand)
+            decision = await self._decide(demand, failed)
             if decision is None:
                 break
             if isinstance(decision, Refusal):
                 return _route_to(await self._pick(None), {REFUSAL: _answer(decision).encode()})
             replica = await self._pick(decision.replica)
             if replica.replica_id.unique_id == decision.replica:
-                return _route_to(replica, {**headers, RESERVATION: decision.reservation})
+                return _route_to(replica, headers(decision.reservation))
             await self._ask("release", decision.reservation)
             await asyncio.sleep(RESOLVE_PAUSE_SECONDS)
-            request = replace(request, demand=replace(request.demand, reservation=new_reservation()))
+            demand, failed = replace(demand, reservation=new_reservation()), None
         replica = await self._pick(None)
         self._placed_alone[replica.replica_id.unique_id] += 1
-        return _route_to(replica, headers)
+        return _route_to(replica, headers(demand.reservation))
 
-    async def _decide(self, demand: Demand) -> Decision | None:
+    async def _decide(self, demand: Demand, failed: str | None) -> Decision | None:
         """The coordinator's decision; None when there is no coordinator to ask."""
-        decision: Placement | Refusal | None = await self._ask("acquire", demand)
+        try:
+            decision: Placement | Refusal | None = await self._ask("acquire", demand, failed)
+        except asyncio.CancelledError:
+            # The client has left the queue. Serve cancels this task; the coordinator waits in another process.
+            self._in_background(self._ask("release", demand.reservation))
+            raise
         if decision is not None and (self._refused_alone or self._placed_alone):
             self._tell_counts()
         return decision
 
-    async def _refused(self, answer: Answer, reason: str) -> dict[str, Any]:
-        self._refused_alone[reason] += 1
+    async def _watch(self) -> None:
+        """Tell the coordinator which replicas Serve lists, and ask those for a report that it has not heard of."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                listed = LISTED.get(self._replicas.deployment_name)
+                if listed is None:
+                    await self._pick(None)  # starts the handle's own watch
+                    continue
+                now = time.monotonic()
+                self._listed_at = {replica: self._listed_at.get(replica, now) for replica in listed}
+                known = frozenset(r for r, since in self._listed_at.items() if now - since >= HAPROXY_RELOAD_SECONDS)
+                if known:
+                    for replica in await self._ask("listed", known) or ():
+                        self._in_background(self._probe(replica))
+            except Exception:
+                logger.exception("Looking after the replicas failed; trying again.")
+
+    async def _probe(self, replica: str) -> None:
+        with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+            report = await asyncio.wait_for(self._replicas.probe.remote(replica), PROBE_SECONDS)
+            if report is not None:
+                await self._ask("report", report)
+
+    async def _refused(self, answer: Answer, tier: str, reason: str) -> dict[str, Any]:
+        self._refused_alone[tier, reason] += 1
         self._tell_counts()
         return _route_to(await self._pick(None), {REFUSAL: answer.encode()})
 
@@ -145,7 +220,10 @@ class Router:
                 self._refused_alone += refused
                 self._placed_alone += placed
 
-        task = asyncio.create_task(tell())
+        self._in_background(tell())
+
+    def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -168,6 +246,12 @@ class Router:
             logger.warning("The coordinator does not answer (%s): requests flow without it.", error)
             self._coordinator = None
             return None
+
+
+def _came_back(request: Request) -> str | None:
+    """The reservation of a request that HAProxy sends again, because its replica failed before it answered."""
+    request_id = request.headers.get("x-request-id", "")
+    return request_id.removeprefix(AGAIN_PREFIX) if request_id.startswith(AGAIN_PREFIX) else None
 
 
 def _route_to(replica: RunningReplica, headers: dict[str, str]) -> dict[str, Any]:

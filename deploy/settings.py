@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 import bundled
+from deploy.tiers import Keyring, Tier, TierKeyError, check_names, keyring
 from triattention.config import CompressionConfig
 
 BUNDLED = "bundled"
@@ -115,6 +116,37 @@ class CoordinatorSettings(_Settings):
         return self
 
 
+class Autoscaling(_Settings):
+    """When replicas come and go; `deploy/autoscaling.py` says how many there should be."""
+
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(ge=1)
+    target_utilization: float = Field(
+        default=0.7, gt=0, le=1, description="share of the blocks that may be committed or waited for"
+    )
+    upscale_delay_seconds: float = Field(default=10.0, ge=0, description="the need must last for so long")
+    downscale_delay_seconds: float = Field(default=300.0, ge=0)
+    gang_size: int = Field(
+        default=1, ge=1, description="replicas that come and go together, as those that fill one node"
+    )
+    dry_run: bool = Field(default=False, description="only log what would be done")
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> "Autoscaling":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas} but min_replicas is {self.min_replicas}: raise max_replicas"
+            )
+        for name in ("min_replicas", "max_replicas"):
+            value = getattr(self, name)
+            if value % self.gang_size:
+                raise ValueError(
+                    f"{name} is {value}, which is no multiple of gang_size {self.gang_size}: replicas come and go in "
+                    "groups of that size"
+                )
+        return self
+
+
 class HttpSettings(_Settings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
@@ -131,7 +163,18 @@ class FleetSettings(_Settings):
     engine: EngineSettings = EngineSettings()
     compression: CompressionConfig | None = Field(default=None, description="null: plain vLLM, still reported")
     coordinator: CoordinatorSettings = CoordinatorSettings()
+    autoscaling: Autoscaling | None = Field(default=None, description="null: always `replicas`")
+    drain_seconds: float = Field(
+        default=3600.0, gt=0, description="a replica told to stop finishes what it has for at most so long"
+    )
+    tiers: dict[str, Tier] = Field(default_factory=dict, description='by name; "default" is for all other requests')
     http: HttpSettings = HttpSettings()
+
+    @field_validator("tiers")
+    @classmethod
+    def _tiers_have_names(cls, tiers: dict[str, Tier]) -> dict[str, Tier]:
+        check_names(tiers)
+        return tiers
 
     @model_validator(mode="before")
     @classmethod
@@ -144,6 +187,10 @@ class FleetSettings(_Settings):
             compression = {**compression, "statistics": bundled.STATISTICS}
             return {**values, "compression": compression}
         return values
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
     @property
     def model_path(self) -> str:
@@ -168,6 +215,13 @@ class FleetSettings(_Settings):
             **{name: value for name, value in optional.items() if value is not None},
             **engine.extra,
         }
+
+    def keyring(self) -> Keyring:
+        """The API keys' hashes. Raises `SettingsError` for a key whose environment variable is not set."""
+        try:
+            return keyring(self.tiers)
+        except TierKeyError as error:
+            raise SettingsError(str(error)) from None
 
     def without_compression(self) -> "FleetSettings":
         """The same fleet with the same KV memory, compression off."""
@@ -220,6 +274,8 @@ def _known_names(location: tuple[int | str, ...]) -> list[str]:
         "coordinator": CoordinatorSettings,
         "http": HttpSettings,
         "compression": CompressionConfig,
+        "tiers": Tier,
+        "autoscaling": Autoscaling,
     }
     model = parts[str(location[0])] if location else FleetSettings
     return sorted(model.model_fields)

@@ -87,6 +87,10 @@ class Engine:
         """vLLM's own metrics in Prometheus' text format."""
         return generate_latest(get_prometheus_registry()).decode()
 
+    @property
+    def is_dead(self) -> bool:
+        return self._client.errored
+
     def check(self) -> None:
         """Raises `vllm.v1.engine.exceptions.EngineDeadError` if the engine is dead."""
         if self._client.errored:

@@ -1,8 +1,8 @@
 """The ASGI layer between HAProxy and vLLM's application: carries out what the router decided.
 
 A refused request is answered here and never reaches the engine. An admitted one carries its reservation into
-vLLM as the request id, and its end, in whatever way, is told to the reporter. The fleet's own pages are
-answered here too, because replicas are the fleet's only HTTP servers.
+vLLM as the request id, and its end, in whatever way, is told to the reporter. What is changed of the answer itself is
+`answer.py`'s. The fleet's own pages are answered here too, because replicas are the fleet's only HTTP servers.
 """
 
 import asyncio
@@ -13,11 +13,14 @@ from typing import Protocol
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from replicas.headers import KIND, REFUSAL, RESERVATION, Answer
+from replicas.answer import AnswerPath
+from replicas.headers import KIND, OUTPUT_LIMIT, REFUSAL, RESERVATION, TIER, WAITED, Answer
 
 DISCONNECT_SECONDS = 5.0
+# Of requests that the router did not see.
+NO_TIER = "default"
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,35 @@ _MISSING = {
     "completion": "prompt is missing: a completion needs a string, or a list of strings or token ids.",
 }
 _FIELD = {"chat": "messages", "completion": "prompt"}
+_LIMIT_FIELD = {"/v1/chat/completions": "max_completion_tokens", "/v1/responses": "max_output_tokens"}
 
 
 class Reservations(Protocol):
-    """Who is told when a request of a reservation comes and when it has ended."""
+    """Who is told when a request of a reservation comes, is answered and has ended, and knows what it took."""
 
-    def begin(self, reservation: str) -> None: ...
+    def begin(self, reservation: str, tier: str, waited_seconds: float) -> None: ...
+
+    def answered(self, reservation: str) -> None: ...
+
+    def usage(self, reservation: str) -> tuple[str, float]: ...
 
     def finish(self, reservation: str) -> None: ...
 
 
 class Gate:
-    def __init__(self, app: ASGIApp, reservations: Reservations, pages: Mapping[str, Page]) -> None:
+    """`is_dead` says whether the engine is: what it has not begun to answer then goes to another replica."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        reservations: Reservations,
+        pages: Mapping[str, Page],
+        is_dead: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._app = app
         self._reservations = reservations
         self._pages = pages
+        self._is_dead = is_dead
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,18 +86,28 @@ class Gate:
             return
         headers = MutableHeaders(scope=scope)
         reservation = headers.get(RESERVATION)
-        if reservation is not None:
-            self._reservations.begin(reservation)
+        if reservation is None:
+            await self._admitted(scope, receive, send, None)
+            return
+        self._reservations.begin(reservation, headers.get(TIER, NO_TIER), float(headers.get(WAITED, "0")))
         try:
-            if answer := _refusal(scope["path"], headers):
-                await _refuse(answer)(scope, receive, send)
-                return
-            if reservation is not None:
-                headers["x-request-id"] = reservation
-            await _to_its_end(self._app(scope, receive, send))
+            await self._admitted(scope, receive, send, reservation)
         finally:
-            if reservation is not None:
-                self._reservations.finish(reservation)
+            self._reservations.finish(reservation)
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send, reservation: str | None) -> None:
+        headers = MutableHeaders(scope=scope)
+        if answer := _refusal(scope["path"], headers):
+            await _refuse(answer)(scope, receive, send)
+            return
+        if limit := headers.get(OUTPUT_LIMIT):
+            receive = await _limited(headers, receive, _LIMIT_FIELD.get(scope["path"], "max_tokens"), int(limit))
+        if reservation is None:
+            await _to_its_end(self._app(scope, receive, send))
+            return
+        headers["x-request-id"] = reservation
+        path = AnswerPath(send, self._is_dead, self._reservations, reservation)
+        await _to_its_end(self._app(scope, receive, path.send))
 
 
 async def _to_its_end(request: Awaitable[None]) -> None:
@@ -97,6 +124,30 @@ async def _to_its_end(request: Awaitable[None]) -> None:
         await asyncio.wait([task], timeout=DISCONNECT_SECONDS)
         task.cancel()
         raise
+
+
+async def _limited(headers: MutableHeaders, receive: Receive, field: str, limit: int) -> Receive:
+    """The same request with an output limit in its body; the router saw that the body is an object without one."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            break
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            message = {"type": "http.request", "body": json.dumps({**json.loads(body), field: limit}).encode()}
+            headers["content-length"] = str(len(message["body"]))
+            break
+    first: Message | None = message
+
+    async def receive_limited() -> Message:
+        nonlocal first
+        if first is not None:
+            taken, first = first, None
+            return taken
+        return await receive()
+
+    return receive_limited
 
 
 def _refusal(path: str, headers: MutableHeaders) -> Answer | None:

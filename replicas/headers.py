@@ -16,6 +16,11 @@ PREFIX = "x-serve-router-"
 RESERVATION = PREFIX + "reservation"
 REFUSAL = PREFIX + "refusal"
 KIND = PREFIX + "kind"
+TIER = PREFIX + "tier"
+WAITED = PREFIX + "waited"
+"""Seconds since the request reached the router."""
+OUTPUT_LIMIT = PREFIX + "output-limit"
+"""Tokens of output at most, for a request that names no limit itself and whose tier has one."""
 
 _RESERVATION_ID = re.compile(r"rsv[0-9a-f]{32}")
 

@@ -1,6 +1,6 @@
 """What a replica tells the coordinator: small frozen values, no behaviour."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from triattention.config import CompressionConfig
 from triattention.report import EngineReport
@@ -12,6 +12,26 @@ class ReplicaLimits:
 
     max_model_len: int
     compression: CompressionConfig | None
+
+
+FIRST_TOKEN_BUCKETS_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+"""Upper bounds of the first-token histogram; one more bucket holds what took longer."""
+
+
+@dataclass(frozen=True)
+class TierUsage:
+    """What the requests of one tier took since the engine's start. Only ever grows, so that no lost report matters."""
+
+    requests: int = 0
+    """Ended, in whatever way."""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    block_seconds: float = 0.0
+    """KV blocks held, times the seconds for which they were."""
+    first_token_seconds: float = 0.0
+    """Sum over the requests of which a byte was answered, from their arrival at the router."""
+    first_token_counts: tuple[int, ...] = (0,) * (len(FIRST_TOKEN_BUCKETS_SECONDS) + 1)
+    """Requests per bucket of FIRST_TOKEN_BUCKETS_SECONDS, each counted once."""
 
 
 @dataclass(frozen=True)
@@ -27,3 +47,8 @@ class CapacityReport:
     """Reservation id -> blocks held now, for the requests that this report knows."""
     finished: tuple[str, ...] = ()
     """Reservation ids that ended since the last report."""
+    block_seconds: dict[str, float] = field(default_factory=dict)
+    """Reservation id -> what it took, for those of `finished` that were metered."""
+    tiers: dict[str, TierUsage] = field(default_factory=dict)
+    node: str = ""
+    """Where the replica runs; empty where unknown."""

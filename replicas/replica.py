@@ -22,7 +22,7 @@ from replicas.reporter import Reporter
 from triattention.config import CompressionConfig
 
 if TYPE_CHECKING:
-    from replicas.engine import Engine
+    from replicas.engine import Engine, Listener
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,26 +50,32 @@ class Replica:
         self._options = options
         self._coordinator: ActorHandle[Any] | None = None
         self._engine: Engine | None = None
+        self._reporter: Reporter | None = None
         self._reports: asyncio.Task[None] | None = None
 
-    async def __serve_build_asgi_app__(self) -> ASGIApp:
-        from replicas import engine
+    async def _start_engine(self, listener: "Listener") -> "Engine":
+        from replicas.engine import Engine
 
+        return await Engine.start(self._options.engine_arguments, self._options.compression, listener)
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
         options = self._options
-        reporter = Reporter(
+        reporter = self._reporter = Reporter(
             replica=serve.get_replica_context().replica_id.unique_id,
             limits=ReplicaLimits(options.engine_arguments["max_model_len"], options.compression),
             heartbeat_seconds=options.heartbeat_seconds,
             send=self._send,
+            node=ray.get_runtime_context().get_node_id(),
         )
-        self._engine = await engine.Engine.start(options.engine_arguments, options.compression, reporter.observe)
+        self._engine = await self._start_engine(reporter.observe)
         self._reports = asyncio.create_task(reporter.run())
         pages = {
             "/metrics": Page(PROMETHEUS, lambda: self._ask("metrics")),
             "/metrics/engines": Page(PROMETHEUS, self._all_engines_metrics),
             "/fleet": Page("application/json", lambda: self._ask("status"), fleet_page),
         }
-        return Gate(self._engine.app, reporter, pages)
+        started = self._engine
+        return Gate(started.app, reporter, pages, lambda: started.is_dead)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead or nothing is reported any more: Serve then replaces this replica."""
@@ -83,6 +89,13 @@ class Replica:
             self._reports.cancel()
         if self._engine is not None:
             self._engine.stop()
+
+    def probe(self, replica: str) -> CapacityReport | None:
+        """A report, asked for because none came of `replica`; None where this is another one or has none yet."""
+        if self._engine is None or self._reporter is None or replica != self._reporter.replica:
+            return None
+        self._engine.check()
+        return self._reporter.report()
 
     def engine_metrics(self) -> tuple[str, str]:
         """This replica's id and vLLM's own metrics; called by the replica that is asked for all of them."""

@@ -7,13 +7,16 @@ way to the coordinator is a coroutine function. Never blocks the engine's event 
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from replicas.headers import reservation_of
 from replicas.messages import CapacityReport, ReplicaLimits
+from replicas.meter import Meter
 from triattention.report import EngineReport
 
 logger = logging.getLogger("ray.serve")
@@ -25,16 +28,22 @@ Send = Callable[[CapacityReport], Awaitable[None]]
 
 
 class Reporter:
-    def __init__(self, replica: str, limits: ReplicaLimits, heartbeat_seconds: float, send: Send) -> None:
-        self._replica = replica
+    def __init__(
+        self, replica: str, limits: ReplicaLimits, heartbeat_seconds: float, send: Send, node: str = ""
+    ) -> None:
+        self.replica = replica
         self._limits = limits
+        self._node = node
         self._heartbeat_seconds = heartbeat_seconds
         self._send = send
         self._epoch = uuid.uuid4().hex
         self._sequence = 0
         self._engine: dict[str, Any] | None = None
+        self._meter = Meter(time.monotonic)
+        self._held: dict[str, int] = {}
         self._active: set[str] = set()
-        self._finished: list[str] = []
+        self._finished: dict[str, float] = {}
+        """Reservation -> its block-seconds, until a report told it."""
         self._changed = asyncio.Event()
         self._reachable = True
 
@@ -42,17 +51,28 @@ class Reporter:
         """Called by the engine's statistics tap after every step: must be cheap."""
         if engine != self._engine:
             self._engine = engine
+            self._held = held_by_reservation(engine["held_blocks"])
             self._changed.set()
+        self._meter.observe(self._held, engine["ended"])
 
-    def begin(self, reservation: str) -> None:
+    def begin(self, reservation: str, tier: str, waited_seconds: float) -> None:
         """The request of this reservation is here: shown in every report, also while it holds no blocks yet."""
+        self._meter.begin(reservation, tier, waited_seconds)
         self._active.add(reservation)
         self._changed.set()
+
+    def answered(self, reservation: str) -> None:
+        """The first byte of its answer is on its way."""
+        self._meter.answered(reservation)
+
+    def usage(self, reservation: str) -> tuple[str, float]:
+        """Its tier, and the KV block-seconds that it has taken so far."""
+        return self._meter.usage(reservation)
 
     def finish(self, reservation: str) -> None:
         """It has ended, in whatever way."""
         self._active.discard(reservation)
-        self._finished.append(reservation)
+        self._finished[reservation] = self._meter.finish(reservation)
         self._changed.set()
 
     async def run(self) -> None:
@@ -64,21 +84,30 @@ class Reporter:
             await self._report()
             await asyncio.sleep(SHORTEST_INTERVAL_SECONDS)
 
-    async def _report(self) -> None:
+    def report(self) -> CapacityReport | None:
+        """The newest; None before the engine's first step."""
         if self._engine is None:
-            return
-        finished = tuple(self._finished)
+            return None
+        finished = dict(self._finished)
         self._sequence += 1
-        engine = EngineReport.from_dict(self._engine)
-        report = CapacityReport(
-            replica=self._replica,
+        return CapacityReport(
+            replica=self.replica,
             epoch=self._epoch,
             sequence=self._sequence,
             limits=self._limits,
-            engine=engine,
-            held_blocks={**dict.fromkeys(self._active, 0), **held_by_reservation(engine.held_blocks)},
-            finished=finished,
+            # What the engine says of single requests is told by reservation, once.
+            engine=replace(EngineReport.from_dict(self._engine), held_blocks={}, ended={}),
+            held_blocks={**dict.fromkeys(self._active, 0), **self._held},
+            finished=tuple(finished),
+            block_seconds=finished,
+            tiers=self._meter.tiers(),
+            node=self._node,
         )
+
+    async def _report(self) -> None:
+        report = self.report()
+        if report is None:
+            return
         try:
             await asyncio.wait_for(self._send(report), SEND_TIMEOUT_SECONDS)
         except Exception as error:
@@ -88,7 +117,8 @@ class Reporter:
             self._reachable = False
             return
         self._reachable = True
-        del self._finished[: len(finished)]
+        for reservation in report.finished:
+            self._finished.pop(reservation, None)
 
 
 def held_by_reservation(held_blocks: Mapping[str, int]) -> dict[str, int]:

@@ -47,6 +47,7 @@ SURFACE: list[tuple[Callable[..., Any], list[str]]] = [
     (HybridKVCacheCoordinator.find_longest_cache_hit, ["block_hashes", "max_cache_hit_length"]),
     (AsyncScheduler.update_from_output, ["scheduler_output", "model_runner_output"]),
     (AsyncScheduler._preempt_request, ["request", "timestamp", "drop_stale_output"]),
+    (AsyncScheduler._free_request, ["request", "delay_free_blocks"]),
     (CPUWorker.get_kv_cache_spec, []),
     (CPUWorker.initialize_from_config, ["kv_cache_config"]),
     (CPUWorker.execute_model, ["scheduler_output"]),

@@ -68,10 +68,35 @@ async def test_what_the_router_did_alone_is_in_the_metrics_of_replicas_that_exis
     coordinator = Coordinator(SETTINGS, "m")
     await coordinator.report(report(1, free=10))
     for _ in range(2):
-        await coordinator.count_router(Counter(bad_request=2), Counter({"r1": 3, "long-gone": 1}))
+        await coordinator.count_router(Counter({("default", "bad_request"): 2}), Counter({"r1": 3, "long-gone": 1}))
     fleet = json.loads(await coordinator.status())
     assert fleet["rejections"]["bad_request"] == 4
+    assert fleet["tiers"]["default"]["counts"]["rejections"]["bad_request"] == 4
     assert list(fleet["placements"]) == ["r1"]
     assert fleet["placements"]["r1"][WITHOUT_COORDINATOR] == 6
     page = (await coordinator.metrics()).decode()
     assert 'trifleet_placements_total{model="m",reason="without_coordinator",replica="r1"} 6.0' in page
+
+
+async def test_a_request_that_comes_back_is_placed_anew_and_counted() -> None:
+    coordinator = Coordinator(SETTINGS, "m")
+    await coordinator.report(report(1, free=10))
+    await coordinator.acquire(demand("a", 32))
+    again = asyncio.create_task(coordinator.acquire(demand("b", 32), "a"))
+    await asyncio.sleep(0.05)
+    assert not again.done(), "the only replica has just failed it"
+    assert json.loads(await coordinator.status())["retries"] == 1
+    again.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await again
+
+
+async def test_the_router_learns_which_silent_replicas_to_probe() -> None:
+    coordinator = Coordinator(CoordinatorSettings(stale_report_seconds=0.3), "m")
+    await coordinator.report(report(1, free=10))
+    assert await coordinator.listed(frozenset({"r1"})) == []
+    await asyncio.sleep(0.4)
+    assert await coordinator.listed(frozenset({"r1"})) == ["r1"]
+    assert json.loads(await coordinator.status())["probes"] == 1
+    await coordinator.report(report(2, free=10))
+    assert await coordinator.listed(frozenset({"r1"})) == []

@@ -1,6 +1,8 @@
 """The parts of a replica that need no engine and no Ray: the gate, the reporter, the merged metrics page."""
 
 import asyncio
+import json
+import time
 from typing import Any
 
 import httpx
@@ -9,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from replicas.exposition import merged
 from replicas.gate import Gate
-from replicas.headers import KIND, REFUSAL, RESERVATION, Answer, new_reservation, reservation_of
+from replicas.headers import KIND, OUTPUT_LIMIT, REFUSAL, RESERVATION, Answer, new_reservation, reservation_of
 from replicas.messages import CapacityReport, ReplicaLimits
 from replicas.reporter import SHORTEST_INTERVAL_SECONDS, Reporter, held_by_reservation
 from triattention.report import EngineReport
@@ -41,8 +43,14 @@ class Book:
     def __init__(self) -> None:
         self.entries: list[str] = []
 
-    def begin(self, reservation: str) -> None:
+    def begin(self, reservation: str, tier: str, waited_seconds: float) -> None:
         self.entries.append(f"begin {reservation}")
+
+    def answered(self, reservation: str) -> None:
+        self.entries.append(f"answered {reservation}")
+
+    def usage(self, reservation: str) -> tuple[str, float]:
+        return "gold", 12.3456
 
     def finish(self, reservation: str) -> None:
         self.entries.append(f"finish {reservation}")
@@ -60,7 +68,7 @@ async def test_an_admitted_request_carries_its_reservation_into_vllm_and_ends_on
     answer = await ask(Gate(application, book, {}), "/v1/completions", headers)
     assert answer.text == "engine"
     assert application.request_ids == [reservation]
-    assert book.entries == [f"begin {reservation}", f"finish {reservation}"]
+    assert book.entries == [f"begin {reservation}", f"answered {reservation}", f"finish {reservation}"]
 
 
 async def test_a_refused_request_never_reaches_the_engine() -> None:
@@ -121,6 +129,104 @@ async def test_a_request_that_serve_cancels_sees_the_disconnect_before_it_counts
     assert book.entries == ["begin rsv1", "finish rsv1"]
 
 
+# -- the answer on its way ---------------------------------------------------------------------------------------
+
+
+class Answering:
+    """Stands for vLLM's application: answers with these pieces."""
+
+    def __init__(self, *pieces: bytes, kind: str = "text/event-stream") -> None:
+        self.pieces = pieces
+        self.kind = kind
+        self.dies_before: int | None = None
+        self.is_dead = False
+        self.body = b""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            self.body += message.get("body", b"")
+            if not message.get("more_body", False):
+                break
+        headers = [(b"content-type", self.kind.encode())]
+        if len(self.pieces) == 1:
+            headers.append((b"content-length", str(len(self.pieces[0])).encode()))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for number, piece in enumerate(self.pieces):
+            self.is_dead = self.is_dead or self.dies_before == number
+            await send({"type": "http.response.body", "body": piece, "more_body": len(self.pieces) > 1})
+        if len(self.pieces) > 1:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def messages_of(application: Answering, headers: dict[str, str], path: str = "/v1/completions") -> list[Any]:
+    """What the gate sends, message by message: httpx would not show where a transfer breaks."""
+    sent: list[Any] = []
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    parts = [
+        {"type": "http.request", "body": b'{"model":', "more_body": True},
+        {"type": "http.request", "body": b'"m"}', "more_body": False},
+    ]
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await Gate(application, Book(), {}, lambda: application.is_dead)(scope, receive, send)
+    return sent
+
+
+async def test_nothing_is_answered_before_the_first_byte_so_that_a_dead_engine_can_be_replaced() -> None:
+    application = Answering(b'data: {"error": {"message": "dead"}}\n\n', b"data: [DONE]\n\n")
+    application.dies_before = 0
+    start, body = await messages_of(application, {RESERVATION: "rsv1"})
+    assert start["status"] == 502
+    assert json.loads(body["body"])["error"]["code"] == 502
+    assert not body.get("more_body", False)
+
+
+async def test_a_stream_that_fails_later_ends_with_its_error_event_and_no_clean_end() -> None:
+    error = b'data: {"error": {"message": "x"}}\n\n'
+    application = Answering(b'data: {"choices":[1]}\n\n', error, b"data: [DONE]\n\n")
+    sent = await messages_of(application, {RESERVATION: "rsv1"})
+    assert [message.get("body") for message in sent[1:]] == list(application.pieces[:2])
+    assert all(message["more_body"] for message in sent[1:])
+
+
+async def test_the_usage_of_a_whole_answer_says_what_it_took() -> None:
+    application = Answering(b'{"choices":[{"text":"x"}],"usage":{"prompt_tokens":3}}', kind="application/json")
+    start, body = await messages_of(application, {RESERVATION: "rsv1"})
+    usage = json.loads(body["body"])["usage"]
+    assert usage == {"prompt_tokens": 3, "trifleet": {"tier": "gold", "kv_block_seconds": 12.346}}
+    assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
+
+
+async def test_the_last_event_of_a_stream_says_what_it_took_and_the_others_are_untouched() -> None:
+    first = b'data: {"choices":[{"text":"a"}],"usage":{"prompt_tokens":3}}\n\n'
+    last = b'data: {"choices":[],"usage":{"prompt_tokens":3}}\n\n'
+    sent = await messages_of(Answering(first, last, b"data: [DONE]\n\n"), {RESERVATION: "rsv1"})
+    assert sent[1]["body"] == first
+    assert json.loads(sent[2]["body"].removeprefix(b"data: "))["usage"]["trifleet"]["tier"] == "gold"
+    assert sent[2]["body"].endswith(b"\n\n")
+    assert sent[3]["body"] == b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/completions", "max_tokens"), ("/v1/chat/completions", "max_completion_tokens")]
+)
+async def test_a_tiers_output_limit_is_put_into_the_body(path: str, field: str) -> None:
+    application = Answering(b"ok")
+    await messages_of(application, {RESERVATION: "rsv1", OUTPUT_LIMIT: "17", "content-length": "13"}, path)
+    assert json.loads(application.body) == {"model": "m", field: 17}
+
+
 def test_vllms_request_ids_lead_back_to_their_reservation() -> None:
     reservation = new_reservation()
     for shape in ("chatcmpl-{}-1a2b3c4d", "2_chatcmpl-{}-1a2b3c4d", "cmpl-{}-0-1a2b3c4d", "1_cmpl-{}-3-1a2b3c4d"):
@@ -139,7 +245,7 @@ async def test_a_request_that_waits_in_the_engine_is_shown_with_no_blocks_until_
     reports = reporter(line, heartbeat_seconds=0.1)
     running = asyncio.create_task(reports.run())
     reservation = new_reservation()
-    reports.begin(reservation)
+    reports.begin(reservation, "gold", 0.0)
     reports.observe(engine(free=10))
     await asyncio.sleep(0.03)
     assert line.reports[-1].held_blocks == {reservation: 0}
@@ -203,12 +309,13 @@ async def test_a_change_is_reported_at_once_and_none_is_only_the_heartbeat() -> 
 async def test_a_stream_of_changes_is_reported_no_faster_than_the_shortest_interval() -> None:
     line = Line()
     reports = reporter(line)
+    began = time.monotonic()
     running = asyncio.create_task(reports.run())
     for free in range(100):
         reports.observe(engine(free))
         await asyncio.sleep(0.005)
     running.cancel()
-    assert 3 <= len(line.reports) <= 0.5 / SHORTEST_INTERVAL_SECONDS + 2
+    assert 3 <= len(line.reports) <= (time.monotonic() - began) / SHORTEST_INTERVAL_SECONDS + 2
     assert [report.sequence for report in line.reports] == list(range(1, len(line.reports) + 1))
     assert len({report.epoch for report in line.reports}) == 1
 
@@ -219,6 +326,8 @@ async def test_what_ended_while_the_coordinator_was_away_is_told_when_it_is_back
     reports = reporter(line, heartbeat_seconds=0.1)
     running = asyncio.create_task(reports.run())
     reports.observe(engine(free=10))
+    for reservation in ("rsv1", "rsv2"):
+        reports.begin(reservation, "gold", 0.0)
     reports.finish("rsv1")
     await asyncio.sleep(0.2)
     line.cut = False

@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 
 from deploy.requests import Admissible, Served, examine
+from deploy.tiers import ANONYMOUS, DEFAULT_TIER, Tenant, Tier
 from replicas.headers import Answer
 
 SERVED = Served("m", 100)
+ANYONE = Tenant(ANONYMOUS, DEFAULT_TIER)
+NO_LIMIT = Tier()
+NO_LIMIT = Tier()
 MESSAGES = [{"role": "user", "content": "four words are here"}]
 
 
@@ -22,9 +26,9 @@ class Words:
         return len(text.split())
 
 
-def look(body: Any) -> Admissible | Answer:
+def look(body: Any, tenant: Tenant = ANYONE, tier: Tier = NO_LIMIT) -> Admissible | Answer:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return examine(raw, "rsv1", SERVED, Words())
+    return examine(raw, "rsv1", SERVED, Words(), tenant, tier)
 
 
 def demand(body: Any) -> tuple[int, int, int]:
@@ -71,7 +75,7 @@ def test_what_cannot_be_counted_is_admitted_with_a_byte_per_token_and_left_to_vl
             raise ValueError("not a text that I know")
 
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 30}
-    found = examine(json.dumps(body).encode(), "rsv1", SERVED, Clueless())
+    found = examine(json.dumps(body).encode(), "rsv1", SERVED, Clueless(), ANYONE, Tier())
     assert isinstance(found, Admissible)
     assert found.demand.prompt_tokens == min(99, len(json.dumps(body)))
     assert found.demand.total_tokens == 100
@@ -117,3 +121,22 @@ def test_bad_bodies_are_refused_in_a_short_sentence(body: Any, sentence: str) ->
     message = refused(body)
     assert sentence in message
     assert len(message) < 300
+
+
+def test_a_tier_bounds_the_context_and_is_named_when_it_does() -> None:
+    tenant, tier = Tenant("abc", "small"), Tier(max_context_tokens=20, priority=3)
+    found = look({"messages": MESSAGES}, tenant, tier)
+    assert isinstance(found, Admissible)
+    assert (found.demand.total_tokens, found.demand.priority) == (20, 3)
+    assert (found.demand.tier, found.demand.tenant) == ("small", "abc")
+    # vLLM knows nothing of tiers: the replica tells it the limit.
+    assert found.output_limit == 15
+    refusal = look({"messages": MESSAGES, "max_tokens": 16}, tenant, tier)
+    assert isinstance(refusal, Answer)
+    assert "max_context_tokens of tier small is 20" in refusal.message
+
+
+def test_a_limit_of_the_clients_own_is_left_as_it_is() -> None:
+    found = look({"messages": MESSAGES, "max_tokens": 3}, ANYONE, Tier(max_context_tokens=20))
+    assert isinstance(found, Admissible)
+    assert found.output_limit is None

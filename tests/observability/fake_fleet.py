@@ -8,15 +8,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from typing import Any
 
-from deploy.admission import Admission, FleetSnapshot
-from deploy.messages import Demand, Placement
+from deploy.admission import Admission
+from deploy.messages import Demand, Placement, TierUsage
 from deploy.metrics import render
 from deploy.settings import CoordinatorSettings
+from deploy.snapshot import FleetSnapshot
+from deploy.tiers import Tier
+from replicas.messages import FIRST_TOKEN_BUCKETS_SECONDS
 from tests.unit.reports import BLOCK, compression, report
 from triattention.report import COMPACTION_BUCKETS_SECONDS, FIRST_COMPACTION_BUCKETS_SECONDS
 
@@ -26,6 +29,7 @@ POOL_BLOCKS = 48
 BUDGET = 256
 MOST_LIVE_BLOCKS = (BUDGET + 128) // BLOCK
 FREED_AT_ONCE = 128 // BLOCK
+TIERS = {"default": Tier(), "gold": Tier(share=4, priority=-1, first_token_target_seconds=2)}
 
 
 @dataclass
@@ -55,9 +59,26 @@ class FakeEngine:
         }
     )
 
-    def start(self, reservation: str, ticks: int) -> None:
+    tiers: dict[str, TierUsage] = field(default_factory=dict)
+    tier_of: dict[str, str] = field(default_factory=dict)
+
+    def start(self, reservation: str, tier: str, ticks: int) -> None:
         self.held[reservation] = self.uncompressed[reservation] = 1
         self.ticks_left[reservation] = ticks
+        self.tier_of[reservation] = tier
+
+    def meter(self, reservation: str) -> None:
+        tier = self.tier_of.pop(reservation)
+        used = self.tiers.get(tier, TierUsage())
+        first, second, *rest = used.first_token_counts
+        self.tiers[tier] = TierUsage(
+            requests=used.requests + 1,
+            prompt_tokens=used.prompt_tokens + 20,
+            output_tokens=used.output_tokens + BLOCK * self.uncompressed[reservation],
+            block_seconds=used.block_seconds + TICK_SECONDS * self.held[reservation],
+            first_token_seconds=used.first_token_seconds + FIRST_TOKEN_BUCKETS_SECONDS[1],
+            first_token_counts=(first, second + 1, *rest),
+        )
 
     def tick(self) -> tuple[str, ...]:
         """Names of the requests that ended."""
@@ -82,6 +103,7 @@ class FakeEngine:
         self.counters["peak_blocks_per_request"] = max(self.counters["peak_blocks_per_request"], *self.held.values(), 0)
         ended = tuple(reservation for reservation, left in self.ticks_left.items() if left <= 0)
         for reservation in ended:
+            self.meter(reservation)
             del self.held[reservation], self.ticks_left[reservation], self.uncompressed[reservation]
         self.counters["pinned_blocks"] = len(self.held)
         self.counters["uncompressed_blocks"] = sum(self.uncompressed.values())
@@ -94,10 +116,11 @@ class FakeFleet:
 
     def __init__(self) -> None:
         self._rng = random.Random(0)
-        self._admission = Admission(CoordinatorSettings(watermark_blocks=2), self._rng)
+        self._admission = Admission(CoordinatorSettings(watermark_blocks=2), self._rng, TIERS)
         self._engines = {name: FakeEngine(name) for name in ("fake-a", "fake-b")}
         self._names = map(str, count())
-        self._ticks_needed: dict[str, int] = {}
+        self._ticks_needed: dict[str, tuple[str, int]] = {}
+        """Reservation -> its tier and how long it runs."""
         self._began = time.monotonic()
         self._ticks = 0
         self._lock = threading.Lock()
@@ -117,25 +140,24 @@ class FakeFleet:
         decisions = self._admission.tick(now)
         for engine in self._engines.values():
             ended = engine.tick()
-            decisions += self._admission.observe(
-                report(
-                    engine.name,
-                    engine.sequence,
-                    total=POOL_BLOCKS,
-                    held=engine.held,
-                    running=len(engine.held),
-                    finished=ended,
-                    max_model_len=4096,
-                    compression=compression(BUDGET),
-                    **engine.counters,
-                ),
-                now,
+            made = report(
+                engine.name,
+                engine.sequence,
+                total=POOL_BLOCKS,
+                held=engine.held,
+                running=len(engine.held),
+                finished=ended,
+                max_model_len=4096,
+                compression=compression(BUDGET),
+                **engine.counters,
             )
-        demand = Demand(next(self._names), 20, self._rng.choice((96, 320, 1600, 3200, 9600)))
-        self._ticks_needed[demand.reservation] = demand.total_tokens // BLOCK - 1
-        for made in [*decisions, self._admission.submit(demand, now)]:
-            if isinstance(made, Placement):
-                self._engines[made.replica].start(made.reservation, self._ticks_needed[made.reservation])
+            decisions += self._admission.observe(replace(made, tiers=dict(engine.tiers)), now)
+        tier = self._rng.choice(list(TIERS))
+        demand = Demand(next(self._names), 20, self._rng.choice((96, 320, 1600, 3200, 9600)), tier=tier, tenant=tier)
+        self._ticks_needed[demand.reservation] = (tier, demand.total_tokens // BLOCK - 1)
+        for decision in [*decisions, self._admission.submit(demand, now)]:
+            if isinstance(decision, Placement):
+                self._engines[decision.replica].start(decision.reservation, *self._ticks_needed[decision.reservation])
 
 
 @contextmanager

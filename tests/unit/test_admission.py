@@ -301,6 +301,107 @@ def test_a_cancelled_request_leaves_the_queue_and_lets_the_next_one_pass():
     assert core.release("cancelled", 1) == []
 
 
+# -- replicas that fail, stop and start ----------------------------------------------------------------------
+
+
+def test_a_request_whose_replica_failed_goes_to_another_under_a_fresh_reservation():
+    core = admission()
+    core.observe(report("fails", total=200), 0)
+    core.observe(report("other", total=100), 0)
+    assert placed_on(core.submit(long_request("first"), 0)) == "fails"
+    again = core.failed("first", long_request("second"), 1)
+    assert placed_on(core.submit(again, 1)) == "other"
+    assert replica_state(core, "fails", 1).reserved_blocks == 0
+    assert core.snapshot(1).retries == 1
+
+
+@pytest.mark.parametrize(("successor", "goes_to"), [(2, "successor"), (9, "only")])
+def test_a_failed_request_returns_to_its_replica_only_if_that_lives_on_and_no_other_comes(successor, goes_to):
+    core = admission()
+    core.observe(report("only", total=200), 0)
+    core.submit(long_request("first"), 0)
+    assert core.submit(core.failed("first", long_request("second"), 1), 1) is None
+    decisions = []
+    for second in range(1, 12):
+        decisions += core.observe(report("only", sequence=1 + second, total=200), second)
+        if second == successor:
+            decisions += core.observe(report("successor", total=200), second)
+    assert [placed_on(decision) for decision in decisions] == [goes_to]
+
+
+def test_a_replica_that_failed_a_request_gets_no_other_until_it_reports():
+    core = admission()
+    core.observe(report("suspect", total=200), 0)
+    core.observe(report("other", total=50), 0)
+    core.submit(long_request("first"), 0)
+    core.failed("first", long_request("second"), 0)
+    assert not replica_state(core, "suspect").fresh
+    assert placed_on(core.submit(long_request("third"), 0)) == "other"
+    core.observe(report("suspect", sequence=2, total=200), 0.1)
+    assert placed_on(core.submit(long_request("fourth"), 0.1)) == "suspect"
+
+
+def test_a_retry_of_a_reservation_that_nobody_knows_is_placed_all_the_same():
+    core = admission()
+    core.observe(report(), 0)
+    assert placed_on(core.submit(core.failed("of before a restart", long_request("r"), 0), 0)) == "a"
+
+
+def test_a_silent_replica_is_to_be_probed_and_the_probes_report_brings_it_back():
+    core = admission()
+    core.observe(report("silent", total=1000), 0)
+    core.observe(report("other", total=100), 3)
+    core.set_listed(frozenset({"silent", "other"}), 3)
+    assert core.stale(3) == ["silent"]
+    core.observe(report("silent", sequence=2, total=1000), 3.1)
+    assert core.stale(3.1) == []
+    assert placed_on(core.submit(long_request("r"), 3.1)) == "silent"
+
+
+def test_scale_down_takes_nothing_from_a_replica_that_drains_and_gives_it_nothing():
+    core = admission()
+    core.observe(report("stays", total=100), 0)
+    core.observe(report("drains", total=200), 0)
+    core.set_listed(frozenset({"stays", "drains"}), 0)
+    assert placed_on(core.submit(long_request("running"), 0)) == "drains"
+    core.set_listed(frozenset({"stays"}), 1)
+    core.observe(report("drains", sequence=2, total=200, held={"running": 5}), 1)
+    assert replica_state(core, "drains", 1).draining
+    assert replica_state(core, "drains", 1).reservations == 1
+    assert placed_on(core.submit(long_request("new"), 1)) == "stays"
+    assert core.load(1).replicas == 1
+    # Silent after that, it has stopped: nobody probes it, and it leaves without waiting to count as dead.
+    core.observe(report("stays", sequence=2, total=100), 9)
+    assert core.stale(9) == []
+    assert core.gone(9, 120) == ["drains"]
+
+
+def test_a_replica_that_serve_does_not_list_yet_gets_nothing_and_is_not_draining():
+    core = admission()
+    core.set_listed(frozenset({"a"}), 0)
+    core.observe(report("a", total=50), 0)
+    core.observe(report("starts", total=500), 0)
+    assert not replica_state(core, "starts").draining
+    assert placed_on(core.submit(long_request("r"), 0)) == "a"
+    assert core.submit(long_request("waits"), 0) is None
+    (decision,) = core.set_listed(frozenset({"a", "starts"}), 1)
+    assert placed_on(decision) == "starts"
+
+
+def test_the_load_counts_what_is_held_promised_and_waited_for():
+    core = admission(watermark_blocks=4)
+    core.observe(report("a", total=100), 0)
+    core.observe(report("b", total=50), 0)
+    core.submit(long_request("booked"), 0)
+    core.submit(long_request("booked too"), 0)
+    core.observe(report("a", 2, total=100, held={"booked": 10}), 0)
+    core.submit(long_request("fits nowhere now"), 0)
+    core.submit(long_request("nor this"), 0)
+    load = core.load(0)
+    assert (load.replicas, load.capacity_blocks, load.queued_blocks) == (2, 142, 40)
+    assert load.committed_blocks == 3 * 40
+
+
 # -- replicas of all kinds -----------------------------------------------------------------------------------
 
 
@@ -358,4 +459,4 @@ def test_the_snapshot_counts_what_was_decided():
     assert seen.rejections["over_max_model_len"] == 1
     assert seen.queue_length == {"short": 0, "long": 1}
     assert seen.queued_blocks == 90
-    assert sum(seen.waits["long"].counts) == 1
+    assert sum(seen.tiers["default"].counts.waits["long"].counts) == 1

@@ -110,10 +110,18 @@ class AdmissionMachine(RuleBasedStateMachine):
     def submit(self, prompt: int, output: int, priority: int, n: int) -> None:
         self.numbers += 1
         demand = Demand(f"r{self.numbers}", prompt, prompt + output, sequences=n, priority=priority)
-        waiting = self.core._waiting(demand, self.now)
-        before = sorted([*self.core._queue, waiting], key=lambda w: w.rank)
+        before: list = []
+        queue = self.core._queue
+        add = queue.add
+
+        def see(waiting: object) -> None:
+            add(waiting)
+            before.extend(queue)
+
+        queue.add = see
         able = [name for name in self.core._ledger.replicas if self.could_ever_fit(demand, name)]
         decision = self.core.submit(demand, self.now)
+        queue.add = add
         is_refused_for_good = decision is not None and getattr(decision, "status", None) == 400
         assert is_refused_for_good == (not able and bool(self.core._ledger.replicas))
         self.check(before, [] if decision is None else [decision])

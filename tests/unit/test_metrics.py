@@ -66,7 +66,9 @@ def test_labels_are_those_declared_and_never_a_request(families):
     for metric in METRICS:
         for sample in families[metric.name.removesuffix("_total")].samples:
             assert set(sample.labels) - {"le"} == set(metric.labels)
-    assert {label for metric in METRICS for label in metric.labels} == {"model", "replica", "reason", "class"}
+    assert {label for metric in METRICS for label in metric.labels} == {
+        "model", "replica", "reason", "class", "tier"
+    }  # fmt: skip
 
 
 def test_the_number_of_series_does_not_grow_with_the_number_of_requests(core):
@@ -103,12 +105,12 @@ def test_blocks_of_a_replica_add_up(families):
 
 
 def test_decisions_are_counted(families):
-    assert of(families, metrics.ADMISSIONS) == 1
+    assert of(families, metrics.ADMISSIONS, tier="default") == 1
     assert of(families, metrics.PLACEMENTS, replica="b", reason="most_headroom") == 1
     assert of(families, metrics.PLACEMENTS, replica="a", reason="most_headroom") == 0
-    assert of(families, metrics.REJECTIONS, reason="over_max_model_len") == 1
-    assert of(families, metrics.REJECTIONS, reason="queue_full") == 0
-    assert of(families, metrics.QUEUE_LENGTH, **{"class": "long"}) == 1
+    assert of(families, metrics.REJECTIONS, tier="default", reason="over_max_model_len") == 1
+    assert of(families, metrics.REJECTIONS, tier="default", reason="queue_full") == 0
+    assert of(families, metrics.QUEUE_LENGTH, tier="default", **{"class": "long"}) == 1
     assert of(families, metrics.REPORT_AGE, replica="a") == 0.5
 
 

@@ -60,6 +60,7 @@ class CompactionScheduler(AsyncScheduler):
         self.first_compaction_counts = [0] * (len(FIRST_COMPACTION_BUCKETS_SECONDS) + 1)
         self.last_update = self.last_idle = time.monotonic()
         self.last_report = float("-inf")
+        self.ended: dict[str, tuple[int, int]] = {}
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -138,6 +139,11 @@ class CompactionScheduler(AsyncScheduler):
         self.preemptions += 1
         super()._preempt_request(request, *args, **kwargs)
 
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self.sends_reports:
+            self.ended[request.request_id] = (request.num_prompt_tokens, request.num_output_tokens)
+        return super()._free_request(request, *args, **kwargs)
+
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Carries the report in the free-form connector dict, for a custom StatLogger of the front end."""
         stats = super().make_stats(*args, **kwargs)
@@ -149,6 +155,7 @@ class CompactionScheduler(AsyncScheduler):
         if now - self.last_report >= REPORT_INTERVAL_SECONDS or not self.running:
             self.last_report = now
             stats.kv_connector_stats = {REPORT_KEY: self.report(held, stats).to_dict()}
+            self.ended = {}
         return stats
 
     def held_blocks(self) -> dict[str, int]:
@@ -197,4 +204,5 @@ class CompactionScheduler(AsyncScheduler):
             first_compaction_seconds=self.first_compaction_seconds,
             first_compaction_counts=tuple(self.first_compaction_counts),
             held_blocks=held,
+            ended=self.ended,
         )

@@ -1,0 +1,88 @@
+"""Runs as a script in place of the `haproxy` binary: adjusts the configuration that Ray Serve wrote, then becomes it.
+
+Needs nothing but the standard library, because it is started without the environment. What it changes:
+
+- HAProxy ends with its parent. Otherwise it would outlive a killed one and keep the port.
+- Its statistics and metrics pages go to the loopback; Ray binds them to every interface.
+- A replica that fails before the first byte of its answer is replaced by another one, once: HAProxy sends the request
+  back to itself through a socket, marked, and so asks the router again. Ray's own retry would take any replica,
+  without asking whether it has room, under the reservation of the one that failed.
+- What HAProxy itself answers has OpenAI's shape, and says when to come back.
+- While no router can be reached, Serve's own balancing takes the requests, where Ray would answer 503.
+
+    client -> frontend -> router -> backend -> replica 1 (fails)
+                 ^                     |
+                 +---- again.sock <----+      then: frontend -> router -> backend -> replica 2
+"""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+# Listener id of the socket through which a request comes back.
+AGAIN_ID = 7
+AGAIN_PREFIX = "again:"
+"""Begins the x-request-id by which the router knows a request that came back; the failed reservation follows."""
+
+_FRONTEND_RULES = f"""\
+    bind unix@{{socket}} id {AGAIN_ID}
+    acl came_back so_id {AGAIN_ID}
+    acl came_back_before req.hdr(x-trifleet-again) -m found
+    http-request deny deny_status 503 if came_back came_back_before
+    http-request del-header x-trifleet-again if !came_back
+    http-request set-header x-trifleet-again 1 if came_back
+    http-request del-header x-request-id if !came_back {{{{ req.hdr(x-request-id) -m beg {AGAIN_PREFIX} }}}}
+    http-request set-header x-request-id {AGAIN_PREFIX}%[req.hdr(x-serve-router-reservation)] if came_back
+"""
+_ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"
+_PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .*)?\n)+", re.MULTILINE)
+_UNREACHABLE = "{ var(txn.ingress_request_router_failed) -m str router_unreachable }"
+
+
+def adjusted(config: str, stats_port: int, metrics_port: int, socket: str, error_file: str) -> str:
+    """The configuration with all changes made. Raises ValueError where Ray's template is not as expected."""
+    for public in (f"bind *:{stats_port}", f"bind :{metrics_port}"):
+        config = _replaced(config, public, "bind 127.0.0.1:" + public.split(":")[1])
+    config = re.sub(r"errorfile (\d+) .*", rf"errorfile \1 {error_file}", config)
+    frontend = re.search(r"^frontend http_frontend\n *bind .*\n", config, re.MULTILINE)
+    if frontend is None:
+        raise ValueError("HAProxy's configuration has no http_frontend: this Ray is not the pinned one")
+    rules = _FRONTEND_RULES.format(socket=socket)
+    config = config[: frontend.end()] + rules + config[frontend.end() :]
+    if _ROUTER_FAILED in config:
+        config = _replaced(config, _ROUTER_FAILED, f"{_ROUTER_FAILED} !{_UNREACHABLE}")
+    return re.sub(_PINNED_BACKEND, lambda found: _only_pinned(found.group(), socket), config)
+
+
+def _only_pinned(backend: str, socket: str) -> str:
+    """Weight 0: a replica is taken because the router named it, and never by HAProxy's own choice.
+
+    What HAProxy chooses instead, when the named one is down or fails, is the way back to the frontend.
+    """
+    backend = re.sub(r"( +server \S+ \S+ track \S+)\n", r"\1 weight 0\n", backend)
+    return f"{backend.rstrip()}\n    server again unix@{socket}\n"
+
+
+def _replaced(text: str, old: str, new: str) -> str:
+    if old not in text:
+        raise ValueError(f"HAProxy's configuration lacks `{old}`: this Ray is not the pinned one")
+    return text.replace(old, new)
+
+
+def main(arguments: list[str]) -> None:
+    """`STATS_PORT METRICS_PORT SOCKET ERROR_FILE BINARY` and then HAProxy's own arguments."""
+    stats, metrics, socket, error_file, binary, *own = arguments
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    path = own[own.index("-f") + 1]
+    with open(path) as file:
+        config = adjusted(file.read(), int(stats), int(metrics), socket, error_file)
+    with open(path, "w") as file:
+        file.write(config)
+    os.execv(binary, [binary, *own])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

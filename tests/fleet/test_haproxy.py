@@ -1,0 +1,196 @@
+"""The real HAProxy with the configuration that Ray writes and our wrapper adjusts, before scripted replicas.
+
+Which replica fails, and when, is scripted here, so that each way to fail is seen alone.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+import deploy.haproxy
+from deploy.haproxy import free_ports
+from deploy.settings import FleetSettings
+from replicas.headers import RESERVATION
+
+# In a process of its own, because Ray reads the variables when it is imported.
+WRITE_CONFIG = """
+import json, sys
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve.config import HTTPOptions
+port, router, replicas = json.loads(sys.argv[1])
+servers = [ServerConfig(name, "127.0.0.1", at, replica_id=name) for name, at in replicas.items()]
+backend = BackendConfig(
+    name="app", app_name="app", path_prefix="/", servers=servers,
+    ingress_request_router_servers=[ServerConfig("router", "127.0.0.1", router)],
+)
+config = HAProxyConfig(http_options=HTTPOptions(host="127.0.0.1", port=port), metrics_enabled=False)
+api = HAProxyApi(config, {"app": backend})
+config.has_received_routes = config.has_received_servers = True
+api._generate_config_file_internal()
+print(api.config_file_path)
+"""
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+    return head[0], headers, await reader.readexactly(int(headers.get("content-length", 0)))
+
+
+def response(body: bytes, status: str = "200 OK") -> bytes:
+    return f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
+
+
+@dataclass
+class Replica:
+    """`fails`: how its requests end; None for an answer with its name."""
+
+    name: str
+    fails: str | None = None
+    seen: list[dict[str, str]] = field(default_factory=list)
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line, headers, body = await read_request(reader)
+        if "healthz" in line:
+            writer.write(response(b"ok"))
+        else:
+            self.seen.append(headers)
+            if not self.fails:
+                writer.write(response(self.name.encode() + b":" + body))
+            elif self.fails == "says 502":
+                writer.write(response(b"dead engine", "502 Bad Gateway"))
+            elif self.fails == "in the middle":
+                writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        await writer.drain()
+        writer.close()
+
+
+@dataclass
+class Router:
+    """Names the replicas in turn."""
+
+    turns: list[str]
+    asked: list[dict[str, str]] = field(default_factory=list)
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _, headers, _ = await read_request(reader)
+        self.asked.append(headers)
+        number = len(self.asked)
+        answer = {"replica_id": self.turns[number - 1], "request_headers": {RESERVATION: f"rsv{number}"}}
+        writer.write(response(json.dumps(answer).encode()))
+        await writer.drain()
+        writer.close()
+
+
+@dataclass
+class Setup:
+    url: str
+    router: Router
+    router_server: asyncio.Server
+    replicas: dict[str, Replica]
+
+    def script(self, turns: list[str], **fails: str) -> None:
+        """Forget what was; the router names these replicas, and those named fail in that way."""
+        self.router.turns, self.router.asked = turns, []
+        for name, replica in self.replicas.items():
+            replica.fails, replica.seen = fails.get(name), []
+
+    async def post(self, headers: dict[str, str] | None = None) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=10) as http:
+            return await http.post(f"{self.url}/v1/completions", content=b"the prompt", headers=headers)
+
+
+@pytest.fixture(scope="module")
+async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
+    folder = tmp_path_factory.mktemp("haproxy")
+    replicas = {name: Replica(name) for name in "abc"}
+    router = Router([])
+    async with AsyncExitStack() as stack:
+
+        async def serve(handler: Callable[..., Any]) -> asyncio.Server:
+            return await stack.enter_async_context(await asyncio.start_server(handler, "127.0.0.1", 0))
+
+        port, closed = free_ports(2)
+        ports = {name: (await serve(replica)).sockets[0].getsockname()[1] for name, replica in replicas.items()}
+        router_server = await serve(router)
+        router_port = router_server.sockets[0].getsockname()[1]
+        variables = {**os.environ, **deploy.haproxy.environment(FleetSettings(served_model_name="m"), folder)}
+        arguments = json.dumps([port, router_port, {**ports, "gone": closed}])
+        writer = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE
+        )
+        config = (await writer.communicate())[0].decode().split()[-1]
+        binary = variables["RAY_SERVE_HAPROXY_BINARY_PATH"]
+        process = await asyncio.create_subprocess_exec(binary, "-db", "-f", config, env=variables)
+        try:
+            async with httpx.AsyncClient() as http:
+                while True:
+                    await asyncio.sleep(0.1)
+                    assert process.returncode is None, "HAProxy did not start: its words are above"
+                    with contextlib.suppress(httpx.ConnectError):
+                        if (await http.get(f"http://127.0.0.1:{port}/-/healthz")).status_code == 200:
+                            break
+            yield Setup(f"http://127.0.0.1:{port}", router, router_server, replicas)
+        finally:
+            process.terminate()
+            await process.wait()
+
+
+@pytest.mark.parametrize(("failing", "way"), [("a", "closes"), ("gone", ""), ("a", "says 502")])
+async def test_a_replica_that_fails_before_its_first_byte_is_replaced_by_another_that_the_router_names(
+    setup: Setup, failing: str, way: str
+) -> None:
+    setup.script([failing, "c"], a=way)
+    answer = await setup.post()
+    assert (answer.status_code, answer.text) == (200, "c:the prompt")
+    assert setup.replicas["b"].seen == []
+    first, second = setup.router.asked
+    assert not first["x-request-id"].startswith("again:")
+    assert second["x-request-id"] == "again:rsv1"
+    assert setup.replicas["c"].seen[0][RESERVATION] == "rsv2"
+
+
+async def test_a_second_failure_is_not_retried_and_the_client_gets_a_sentence(setup: Setup) -> None:
+    setup.script(["a", "b", "c"], a="closes", b="closes")
+    answer = await setup.post()
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert "send it again" in answer.json()["error"]["message"]
+    assert setup.replicas["c"].seen == []
+
+
+async def test_a_replica_that_dies_in_the_middle_leaves_a_broken_transfer_and_is_not_replayed(setup: Setup) -> None:
+    setup.script(["a", "b"], a="in the middle")
+    with pytest.raises(httpx.RemoteProtocolError):
+        await setup.post()
+    assert setup.replicas["b"].seen == []
+
+
+async def test_clients_cannot_pretend_to_come_back(setup: Setup) -> None:
+    setup.script(["a", "b"], a="closes")
+    answer = await setup.post({"x-request-id": "again:rsv0", "x-trifleet-again": "1", RESERVATION: "rsv0"})
+    assert answer.text == "b:the prompt"
+    assert setup.router.asked[0]["x-request-id"] != "again:rsv0"
+    assert setup.router.asked[1]["x-request-id"] == "again:rsv1"
+
+
+async def test_the_router_is_told_the_api_key(setup: Setup) -> None:
+    setup.script(["a"])
+    await setup.post({"authorization": "Bearer secret"})
+    assert setup.router.asked[0]["authorization"] == "Bearer secret"
+
+
+async def test_while_no_router_can_be_reached_requests_flow(setup: Setup) -> None:
+    setup.script([])
+    setup.router_server.close()
+    answer = await setup.post()
+    assert answer.text.endswith(":the prompt")

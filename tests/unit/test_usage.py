@@ -1,0 +1,29 @@
+"""The fleet's usage by tier out of the replicas' totals."""
+
+from dataclasses import replace
+
+from deploy.messages import TierUsage
+from deploy.usage import UsageBook
+from tests.unit.reports import report
+
+
+def say(replica, requests, epoch="first"):
+    usage = TierUsage(requests=requests, block_seconds=requests / 2)
+    return replace(report(replica, epoch=epoch), tiers={"gold": usage})
+
+
+def test_the_newest_totals_of_all_replicas_add_up():
+    book = UsageBook()
+    for made in (say("a", 3), say("a", 5), say("b", 7)):
+        book.observe(made)
+    assert book.totals()["gold"].requests == 12
+    assert book.totals()["gold"].block_seconds == 6
+
+
+def test_nothing_is_lost_when_an_engine_starts_anew_or_a_replica_goes():
+    book = UsageBook()
+    book.observe(say("a", 5))
+    book.observe(say("a", 1, epoch="second"))
+    book.observe(say("b", 2))
+    book.remove("b")
+    assert book.totals()["gold"].requests == 8
