@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks.cli import app as bench_app
 from dashboards.cli import app as dashboards_app
+from deploy.calibrate_cli import calibrate
 from deploy.fleet import FleetError, answers, endpoint, running_fleet
 from deploy.plan_cli import plan
 from deploy.settings import FleetSettings, SettingsError, load_settings
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(bench_app, name="bench")
 app.command()(plan)
+app.command()(calibrate)
 console = Console()
 
 SettingsFile = Annotated[Path, typer.Option("--file", "-f", help="The fleet's settings (YAML).")]
@@ -96,23 +98,6 @@ def status(file: SettingsFile = LOCAL) -> None:
         except httpx.HTTPError as error:
             raise FleetError(f"No fleet answers at {url} ({error}): start it with `trifleet up`.") from None
         console.print(_status_table(url, response.json()))
-
-
-@app.command()
-def calibrate(
-    model: Annotated[str, typer.Option("--model", help="Path or id of the model.")],
-    text: Annotated[Path, typer.Option("--text", help="A text file like the traffic to come.")],
-    out: Annotated[Path, typer.Option("--out", help="Where to write the statistics (safetensors).")],
-) -> None:
-    """Measure a model's query statistics, which the triattention policy scores with."""
-    from triattention.calibration import calibrate as run
-
-    with _sentences(ValueError):
-        bar = Progress(TextColumn("[bold]Calibrating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with bar:
-            task = bar.add_task("", total=None)
-            run(Path(model), text, out, on_progress=lambda done, total: bar.update(task, completed=done, total=total))
-        console.print(f"Statistics: {out}")
 
 
 @contextmanager

@@ -3,15 +3,15 @@
 Owns the capture and the running sums. `triattention.statistics` owns what comes out of it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from triattention.rope import ROTATION, RopeParameters, find_rotation_module
+from triattention.rope import ROTATION, RopeParameters, find_rotation_module, read_config
 from triattention.statistics import QueryStatistics, model_facts
 
 Capture = Callable[[int, Tensor, Tensor], None]
@@ -20,9 +20,12 @@ Capture = Callable[[int, Tensor, Tensor], None]
 # Text files are tokenised in pieces of whole lines of about this many characters.
 _PIECE_CHARACTERS = 1 << 16
 
+SHIPPED_TEXT = Path(__file__).parent / "text" / "reasoning.txt"
+"""Worked problems, code, dialogue and prose, about 3,000 tokens: what is used where nobody brings a text."""
+
 
 def calibrate(
-    model: Path,
+    model: str | Path,
     text: Iterable[str] | Path,
     out: Path | None,
     chunk_tokens: int = 4096,
@@ -32,11 +35,13 @@ def calibrate(
 ) -> QueryStatistics:
     """Query statistics of a local causal language model over `text`; written to `out` if that is set.
 
-    `model`: folder of config, safetensors and tokenizer as transformers saves them; its code is never loaded.
+    `model`: folder of config, safetensors and tokenizer as transformers saves them, or an id that transformers can
+    find; its code is never loaded.
     `text`: documents as the model would see them (chat template applied), or one text file. A document is run
     in chunks of `chunk_tokens`, each from position 0 and with the tokenizer's BOS before it if it has one;
     all ends when `max_tokens` tokens were seen. Use text like the traffic.
-    `on_progress(tokens so far, max_tokens)` is called after every chunk; at the end with both equal.
+    `on_progress(tokens so far, tokens in all)` is called after every chunk; at the end with both equal. A text that
+    can be read only once counts as endless until its end.
 
     Memory: the model, one chunk's activations, and fp64 sums of [layers, q_heads, bands].
     Raises ValueError in one sentence where the model's queries cannot be captured, or there is no text.
@@ -45,17 +50,22 @@ def calibrate(
         raise ValueError("text is a single string: pass a list of documents, or a Path to a text file")
     if chunk_tokens < 2:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs room for BOS and text, set 2 or more")
-    if out is not None and out.resolve().parent == model.resolve():
+    if isinstance(text, Path) and not text.is_file():
+        raise ValueError(f"there is no text file {text}: correct the path")
+    if out is not None and out.resolve().parent == Path(model).resolve():
         raise ValueError(
             f"out is {out}, inside the model's folder, where vLLM would load it as weights: write it somewhere else"
         )
-    config = AutoConfig.from_pretrained(model)
+    config = read_config(model)
     rope = RopeParameters.from_config(config)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     facts = model_facts(config)
     sums = _Sums(rope, facts["num_attention_heads"])
+    total = max_tokens
+    if isinstance(text, Path | Sequence):
+        total = sum(len(chunk) for chunk in _chunks(tokenizer, text, chunk_tokens, max_tokens))
     seen = 0
     with torch.inference_mode(), captured_queries(network, sums.add):
         for chunk in _chunks(tokenizer, text, chunk_tokens, max_tokens):
@@ -63,7 +73,7 @@ def calibrate(
             network.base_model(input_ids=torch.tensor([chunk], device=device), use_cache=False)
             seen += len(chunk)
             if on_progress is not None:
-                on_progress(seen, max_tokens)
+                on_progress(seen, total)
     if seen == 0:
         raise ValueError("the calibration text gave no tokens: pass some text like the model's traffic")
     if on_progress is not None:
@@ -71,7 +81,7 @@ def calibrate(
 
     layers, mean, magnitude = sums.means()
     statistics = QueryStatistics(
-        model_id=model.resolve().name,
+        model_id=Path(model).resolve().name,
         facts=facts,
         rope=rope,
         layers=layers,

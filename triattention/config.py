@@ -40,7 +40,11 @@ class CompressionConfig(BaseModel):
         description="admit a request only if every running one can still grow to its bound: no preemption",
     )
     policy: str = Field("triattention", description="name of a registered scoring policy")
-    statistics: Path | None = Field(None, description="calibrated query statistics (safetensors) of the model")
+    statistics: Path | Literal["self"] | None = Field(
+        None,
+        description="calibrated query statistics (safetensors) of the model; self: the engine calibrates itself at "
+        "start, from a text that ships, and keeps the result in vLLM's cache folder",
+    )
     max_offset: int = Field(
         65536,
         ge=1,
@@ -72,6 +76,6 @@ class CompressionConfig(BaseModel):
         if self.policy == "triattention" and self.statistics is None:
             raise ValueError(
                 'policy is "triattention" but statistics is not set: name the file that `trifleet calibrate` wrote '
-                "for this model, or choose a policy that needs none"
+                "for this model, or self, or choose a policy that needs none"
             )
         return self

@@ -8,12 +8,13 @@ keys as complex bands. What is done with the bands is `scoring`'s and `calibrati
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 Style = Literal["neox", "gptj"]
 Rotation = Callable[..., tuple[Tensor, Tensor]]
@@ -165,6 +166,18 @@ class RopeParameters:
 
 
 ROTATION = "apply_rotary_pos_emb"
+
+
+def read_config(model: str | Path) -> PreTrainedConfig:
+    """The config of a model's folder, or of an id that transformers can find. ValueError, one sentence, without one."""
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model is {model}, but no config that transformers knows can be read there: name a folder as transformers "
+            f"saves it, or the id of a model that can be fetched ({reason})"
+        ) from error
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +23,32 @@ from triattention.rope import RopeParameters, head_dim
 FORMAT = 1
 _HEADER = "triattention"
 _RECALIBRATE = "run `trifleet calibrate` for this model"
+
+
+class _Rope(BaseModel):
+    """`RopeParameters.plain`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    inv_freq: list[float]
+    attention_scaling: float
+    rotary_dim: int
+    head_dim: int
+    style: str
+
+
+class _Header(BaseModel):
+    """The JSON text in the file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    model_id: str
+    facts: dict[str, int | str]
+    config_digest: str
+    rope: _Rope
+    layers: list[int]
+    tokens: int
 
 
 def model_facts(config: PreTrainedConfig) -> dict[str, Any]:
@@ -43,7 +70,8 @@ class QueryStatistics:
     """Mean and mean magnitude of every query head's complex bands, after the query norm and before RoPE.
 
     `query_mean`: E[q_f], complex64 [layers, q_heads, bands]. `query_magnitude`: E|q_f|, fp32, same shape.
-    `layers`: model layer index of each row. `tokens`: how many tokens the means are over.
+    `layers`: model layer index of each row. `tokens`: how many tokens the means are over; 0 where
+    that was not recorded.
     `facts`: `model_facts` of the calibrated model's config. `model_id`: its name, for people only.
     """
 
@@ -96,8 +124,8 @@ class QueryStatistics:
         Raises ValueError with one sentence that names what is wrong and the remedy.
         """
         statistics = cls._read(path)
-        statistics._check_whole(path)
         statistics._check_fit(path, model_config, layers)
+        statistics._check_whole(path)
         return statistics
 
     @classmethod
@@ -106,25 +134,30 @@ class QueryStatistics:
             raise ValueError(f"statistics file {path} does not exist: {_RECALIBRATE}, or correct the path")
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()[_HEADER])
-                if header["format"] != FORMAT:
-                    raise ValueError(
-                        f"statistics {path} have format {header['format']} but this version reads "
-                        f"format {FORMAT}: {_RECALIBRATE}"
-                    )
-                statistics = cls(
-                    model_id=header["model_id"],
-                    facts=header["facts"],
-                    rope=RopeParameters.from_plain(header["rope"]),
-                    layers=tuple(header["layers"]),
-                    tokens=header["tokens"],
-                    query_mean=torch.view_as_complex(file.get_tensor("query_mean")),
-                    query_magnitude=file.get_tensor("query_magnitude"),
-                )
-                damaged = statistics.config_digest != header["config_digest"]
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} is not a file of query statistics ({error}): {_RECALIBRATE}") from error
-        if damaged:
+                plain = dict(json.loads(file.metadata()[_HEADER]))
+                mean = torch.view_as_complex(file.get_tensor("query_mean"))
+                magnitude = file.get_tensor("query_magnitude")
+            if plain.get("format", FORMAT) == FORMAT:
+                header = _Header.model_validate(plain)
+                rope = RopeParameters.from_plain(header.rope.model_dump())
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} is not a file of query statistics ({reason}): {_RECALIBRATE}") from error
+        if plain.get("format", FORMAT) != FORMAT:
+            raise ValueError(
+                f"statistics {path} have format {plain['format']} but this version reads "
+                f"format {FORMAT}: {_RECALIBRATE}"
+            )
+        statistics = cls(
+            model_id=header.model_id,
+            facts=dict(header.facts),
+            rope=rope,
+            layers=tuple(header.layers),
+            tokens=header.tokens,
+            query_mean=mean,
+            query_magnitude=magnitude,
+        )
+        if statistics.config_digest != header.config_digest:
             raise ValueError(f"statistics {path} have a header that was altered: {_RECALIBRATE}")
         return statistics
 
@@ -137,10 +170,15 @@ class QueryStatistics:
                     f"statistics {path} hold {name} of shape {tuple(tensor.shape)} but their header says "
                     f"{shape}: {_RECALIBRATE}"
                 )
+            dtype = torch.complex64 if name == "query_mean" else torch.float32
+            if tensor.dtype != dtype:
+                raise ValueError(f"statistics {path} hold {name} as {tensor.dtype}, not {dtype}: {_RECALIBRATE}")
             broken = ~tensor.isfinite().flatten(1).all(dim=1)
             if broken.any():
                 layer = self.layers[int(broken.nonzero()[0])]
                 raise ValueError(f"statistics {path} hold a NaN or infinity in {name} of layer {layer}: {_RECALIBRATE}")
+        if (self.query_magnitude < 0).any():
+            raise ValueError(f"statistics {path} hold a negative query_magnitude: {_RECALIBRATE}")
 
     def _check_fit(self, path: Path, model_config: PreTrainedConfig, layers: Sequence[int] | None) -> None:
         ours = model_facts(model_config)

@@ -1,5 +1,7 @@
 """TriAttention: keep the keys that the model's own queries, as calibrated, will go on reading."""
 
+from pathlib import Path
+
 import torch
 
 from triattention.config import CompressionConfig
@@ -17,7 +19,7 @@ class TriAttention(Policy):
     """
 
     def __init__(self, config: CompressionConfig, context: PolicyContext) -> None:
-        assert config.statistics is not None, "CompressionConfig checks that this policy has statistics"
+        assert isinstance(config.statistics, Path), "CompressionConfig asks for a file, the worker resolves `self`"
         statistics = QueryStatistics.load(config.statistics, context.model_config, context.layers)
         self.scorer = Scorer(statistics, context.layers, context.kv_heads, offsets_up_to(config.max_offset))
 
