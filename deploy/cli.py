@@ -17,6 +17,7 @@ from rich.table import Table
 from benchmarks.cli import app as bench_app
 from dashboards.cli import app as dashboards_app
 from deploy.calibrate_cli import calibrate
+from deploy.doctor_cli import doctor
 from deploy.fleet import FleetError, answers, endpoint, running_fleet
 from deploy.plan_cli import plan
 from deploy.settings import FleetSettings, SettingsError, load_settings
@@ -33,6 +34,7 @@ app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(bench_app, name="bench")
 app.command()(plan)
 app.command()(calibrate)
+app.command()(doctor)
 console = Console()
 
 SettingsFile = Annotated[Path, typer.Option("--file", "-f", help="The fleet's settings (YAML).")]

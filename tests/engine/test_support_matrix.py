@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import transformers
+from vllm.model_executor.models.utils import extract_layer_index
 
 from tests.engine.conftest import BLOCK, SIZES, EngineFactory, save_tiny_model
 from tests.engine.reference import DenseReference
 from tests.engine.test_exactness import assert_pool_whole, generate, scheduler_of
 from tests.unit.tiny_models import random_statistics
 from triattention.config import CompressionConfig
+from triattention.vllm.kv_manager import CompactedAttentionSpec
 
 TOKENS = 350
 LLAMA3 = {
@@ -57,5 +59,9 @@ def test_greedy_tokens_equal_the_reference(
         expected, compactions = reference.generate(prompt, TOKENS, config, BLOCK, in_flight=0)
         assert compactions >= 3
         assert tokens == expected
+    groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
+    compacted = [group for group in groups if isinstance(group.kv_cache_spec, CompactedAttentionSpec)]
+    layers = sorted(extract_layer_index(name) for group in compacted for name in group.layer_names)
+    assert layers == reference.compacted_layers
     assert all(manager.compactions >= 6 for manager in scheduler_of(llm).compacted)
     assert_pool_whole(llm)

@@ -4,7 +4,7 @@ The manager alone decides every compaction, in the call that vLLM makes before e
 blocks by vLLM's null block, as `SlidingWindowManager` and `RSWAManager` do, and queues an order for the workers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
@@ -67,6 +67,27 @@ class CompactedAttentionSpec(FullAttentionSpec):
             in_flight_tokens=self.chunk_in_flight_tokens,
         )
         return blocks * self.page_size_bytes
+
+
+def compacted_specs(
+    specs: Mapping[str, KVCacheSpec], config: CompressionConfig, vllm_config: VllmConfig
+) -> dict[str, KVCacheSpec]:
+    """A model's specs by layer name, those of full attention swapped for ours; sliding and linear layers stay.
+
+    Raises ValueError, one sentence, for a kind of full attention that is not known, and where there is none.
+    """
+    ours = dict(specs)
+    for name, spec in specs.items():
+        if type(spec) is FullAttentionSpec and spec.sliding_window is None:
+            ours[name] = CompactedAttentionSpec.from_full_attention(spec, config, vllm_config)
+        elif isinstance(spec, FullAttentionSpec):
+            raise ValueError(
+                f"KV compression does not support {type(spec).__name__} of layer {name}: serve this model "
+                "without the triattention settings."
+            )
+    if not any(isinstance(spec, CompactedAttentionSpec) for spec in ours.values()):
+        raise ValueError("KV compression found no full-attention layer in this model: serve it without.")
+    return ours
 
 
 class CompactedAttentionManager(FullAttentionManager):

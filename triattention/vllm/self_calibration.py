@@ -1,6 +1,6 @@
 """`statistics: self`: the engine measures its model's query statistics at start, once per machine and model.
 
-Owns where they are kept, and that all who need them, ranks of one engine and replicas of one machine, use the same file.
+Owns where they are kept, and that all who need them, ranks of an engine and replicas of a machine, use the same file.
 How they are measured is `triattention.calibration`'s.
 """
 

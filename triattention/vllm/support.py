@@ -1,10 +1,13 @@
 """What the engine refuses at start, each with one sentence. Fail closed: nothing here is attempted and hoped for."""
 
+from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
 
 from triattention.config import CompressionConfig
+from triattention.policies import policy_names
+from triattention.statistics import QueryStatistics
 
 CONFIG_KEY = "triattention"
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
@@ -31,9 +34,15 @@ def additional_config(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
-    """Raises ValueError with one sentence for the first setting that compaction cannot work with."""
+    """Raises ValueError with the first sentence of `refusals`."""
+    for sentence in refusals(vllm_config):
+        raise ValueError(sentence)
+
+
+def refusals(vllm_config: VllmConfig) -> list[str]:
+    """One sentence for every setting that compaction cannot work with."""
     parallel = vllm_config.parallel_config
-    refusals = {
+    known = {
         "speculative decoding (rejected draft tokens would have to be un-compacted)": (
             vllm_config.speculative_config is not None
         ),
@@ -47,9 +56,21 @@ def check_supported(vllm_config: VllmConfig) -> None:
             vllm_config.cache_config.cache_dtype not in KV_CACHE_DTYPES
         ),
     }
-    for what, present in refusals.items():
-        if present:
-            raise ValueError(
-                f"KV compression does not support {what}: switch it off, or remove "
-                f'"{CONFIG_KEY}" from additional_config.'
-            )
+    return [
+        f'KV compression does not support {what}: switch it off, or remove "{CONFIG_KEY}" from additional_config.'
+        for what, present in known.items()
+        if present
+    ]
+
+
+def check_policy(config: CompressionConfig, vllm_config: VllmConfig) -> None:
+    """Refuses, before any weights are loaded, a policy that nobody registered and statistics of another model.
+
+    Which layers the statistics must hold is checked again where the layers are known. Raises ValueError.
+    """
+    if config.policy not in policy_names():
+        raise ValueError(
+            f'policy is "{config.policy}", which is not registered: use one of {", ".join(policy_names())}'
+        )
+    if isinstance(config.statistics, Path):
+        QueryStatistics.load(config.statistics, vllm_config.model_config.hf_text_config, layers=())

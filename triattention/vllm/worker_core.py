@@ -13,7 +13,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -22,10 +22,11 @@ from triattention.policies import create_policy
 from triattention.vllm.attention import SqueezingBuilder, override_backend
 from triattention.vllm.block_tables import mirror_of
 from triattention.vllm.compactor import Compactor, policy_context
-from triattention.vllm.kv_manager import CompactedAttentionSpec
+from triattention.vllm.kv_manager import CompactedAttentionSpec, compacted_specs
 from triattention.vllm.orders import CompactionOrder, orders_of
 from triattention.vllm.scheduler import CompactionScheduler
-from triattention.vllm.support import check_supported, compression_config
+from triattention.vllm.self_calibration import with_statistics
+from triattention.vllm.support import check_policy, check_supported, compression_config
 from triattention.vllm.timing import Stopwatch, TimedOutput, with_times
 
 
@@ -35,7 +36,7 @@ class CompactingWorker(Worker):
     backends: ClassVar[dict[AttentionBackendEnum, type[AttentionBackend]]]
     """The attention backends that the platform's worker may choose, with our metadata builders in them."""
 
-    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, vllm_config: VllmConfig, local_rank: int, *args: Any, **kwargs: Any) -> None:
         check_supported(vllm_config)
         config = compression_config(vllm_config)
         if config is None:
@@ -48,7 +49,8 @@ class CompactingWorker(Worker):
                 "KV compression needs the scheduler that gives its orders: set scheduler_cls to "
                 "triattention.vllm.scheduler.CompactionScheduler."
             )
-        self.compression = config
+        self.compression = with_statistics(config, vllm_config, local_rank)
+        check_policy(self.compression, vllm_config)
         self.compactors: dict[int, Compactor] = {}
         self.compacted_requests: set[str] = set()
         """Running requests whose rows hold null blocks."""
@@ -56,7 +58,7 @@ class CompactingWorker(Worker):
         """Compactions since the last output: a watch, and how many it has seen."""
         for backend, ours in self.backends.items():
             override_backend(backend, ours)
-        super().__init__(vllm_config, *args, **kwargs)
+        super().__init__(vllm_config, local_rank, *args, **kwargs)
 
     @abstractmethod
     def caches_of(self, layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
@@ -64,18 +66,7 @@ class CompactingWorker(Worker):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Full-attention layers get the compacted spec; sliding-window and linear layers stay as they are."""
-        specs = super().get_kv_cache_spec()
-        for name, spec in specs.items():
-            if type(spec) is FullAttentionSpec and spec.sliding_window is None:
-                specs[name] = CompactedAttentionSpec.from_full_attention(spec, self.compression, self.vllm_config)
-            elif isinstance(spec, FullAttentionSpec):
-                raise ValueError(
-                    f"KV compression does not support {type(spec).__name__} of layer {name}: serve this model "
-                    "without the triattention settings."
-                )
-        if not any(isinstance(spec, CompactedAttentionSpec) for spec in specs.values()):
-            raise ValueError("KV compression found no full-attention layer in this model: serve it without.")
-        return specs
+        return compacted_specs(super().get_kv_cache_spec(), self.compression, self.vllm_config)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)

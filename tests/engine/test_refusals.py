@@ -1,0 +1,124 @@
+"""What cannot be compressed is refused at start, in one sentence that names it: against vLLM's own config objects."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DeepseekV2Config
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+
+from tests.engine.conftest import SIZES, save_tiny_model
+from tests.unit.tiny_models import random_statistics
+from triattention.config import CompressionConfig
+from triattention.rope import read_config
+from triattention.vllm import engine_arguments
+from triattention.vllm.kv_manager import CompactedAttentionSpec, compacted_specs
+from triattention.vllm.support import check_policy, check_supported, refusals
+
+RANDOM = CompressionConfig(budget=256, window=64, policy="random")
+
+
+def vllm_config(model: Path, config: CompressionConfig = RANDOM, **arguments: Any) -> VllmConfig:
+    settings: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, **arguments}
+    return EngineArgs(str(model), **settings, **engine_arguments(config)).create_engine_config()
+
+
+def save_mla_model(path: Path) -> Path:
+    """A DeepSeek-V2 of one dense kind of layers."""
+    sizes = {name: value for name, value in SIZES.items() if name not in ("head_dim", "num_key_value_heads")}
+    config = DeepseekV2Config(
+        **sizes, num_key_value_heads=4, kv_lora_rank=64, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=16,
+        v_head_dim=32, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, first_k_dense_replace=3,
+    )  # fmt: skip
+    return save_tiny_model(config, path)
+
+
+@pytest.fixture(scope="module")
+def mla_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mla_model(tmp_path_factory.mktemp("mla") / "model")
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "speculative decoding": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    },
+    "a KV connector": {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
+    "decode context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+    "pipeline parallelism": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_compaction_cannot_work_with(tiny_model: Path, name: str) -> None:
+    config = vllm_config(tiny_model, **SETTINGS[name])
+    [sentence] = refusals(config)
+    assert sentence.startswith(f"KV compression does not support {name} (")
+    assert sentence.endswith('switch it off, or remove "triattention" from additional_config.')
+    with pytest.raises(ValueError, match=f"does not support {name}"):
+        check_supported(config)
+
+
+def test_multi_head_latent_attention(mla_model: Path) -> None:
+    [sentence] = refusals(vllm_config(mla_model))
+    assert "does not support multi-head latent attention (its cache holds no per-head keys)" in sentence
+
+
+def test_an_ordinary_engine_is_not_refused(tiny_model: Path) -> None:
+    check_supported(vllm_config(tiny_model))
+
+
+def test_a_real_start_ends_with_the_sentence(mla_model: Path) -> None:
+    """The refusal comes before anything is loaded, and is what the caller gets."""
+    from vllm import LLM
+
+    arguments = engine_arguments(RANDOM)
+    with pytest.raises(ValueError, match="KV compression does not support multi-head latent attention"):
+        LLM(str(mla_model), max_model_len=1024, enforce_eager=True, kv_cache_memory_bytes=1 << 26, **arguments)
+
+
+def test_an_unknown_policy_and_statistics_of_another_model_before_any_weights(
+    tiny_model: Path, mla_model: Path, tmp_path: Path
+) -> None:
+    config = vllm_config(tiny_model)
+    with pytest.raises(ValueError, match=r'policy is "h2o", which is not registered: use one of key_norm, keydiff'):
+        check_policy(RANDOM.model_copy(update={"policy": "h2o"}), config)
+    statistics = random_statistics(read_config(tiny_model))
+    statistics.save(tmp_path / "good")
+    good = RANDOM.model_copy(update={"policy": "triattention", "statistics": tmp_path / "good"})
+    check_policy(good, config)
+    facts = statistics.facts | {"vocab_size": 7}
+    replace(statistics, facts=facts).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="vocab_size 7 but this model has 512"):
+        check_policy(good.model_copy(update={"statistics": tmp_path / "other"}), config)
+
+
+FULL = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+SLIDING = SlidingWindowSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=64)
+
+
+def test_only_full_attention_layers_are_compacted(tiny_model: Path) -> None:
+    config = vllm_config(tiny_model)
+    specs = compacted_specs({"a": FULL, "b": SLIDING}, RANDOM, config)
+    assert type(specs["a"]) is CompactedAttentionSpec
+    assert specs["b"] is SLIDING
+
+
+@pytest.mark.parametrize(
+    ("specs", "named"),
+    [
+        ({"a": replace(FULL, sliding_window=64)}, "FullAttentionSpec of layer a"),
+        (
+            {"a": FULL, "b": MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=80, dtype=torch.float32)},
+            "MLAAttentionSpec of layer b",
+        ),
+        ({"b": SLIDING}, "found no full-attention layer"),
+        ({}, "found no full-attention layer"),
+    ],
+)
+def test_layers_that_cannot_be_compacted(tiny_model: Path, specs: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        compacted_specs(specs, RANDOM, vllm_config(tiny_model))
