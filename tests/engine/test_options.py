@@ -9,7 +9,7 @@ from tests.engine.reference import DenseReference
 from tests.engine.test_exactness import assert_pool_whole, generate, scheduler_of
 from triattention.config import CompressionConfig, Selection
 
-TOKENS = 700
+TOKENS = 450
 
 
 @pytest.mark.parametrize("selection", ["per_head", "per_layer_per_head"])
@@ -23,10 +23,10 @@ def test_segments_and_a_smaller_offset_maximum_equal_the_reference(
     reference = DenseReference(tiny_model, statistics)
     for prompt, tokens in zip(prompts[:2], ours, strict=True):
         expected, compactions = reference.generate(prompt, TOKENS, config, BLOCK, in_flight=0)
-        assert compactions >= 7
+        assert compactions >= 4
         assert tokens == expected
-    assert all(manager.compactions >= 14 for manager in scheduler_of(llm).compacted)
+    assert all(manager.compactions >= 8 for manager in scheduler_of(llm).compacted)
     assert_pool_whole(llm)
 
-    plain = CompressionConfig(**options)
-    assert ours != [reference.generate(p, TOKENS, plain, BLOCK, in_flight=0)[0] for p in prompts[:2]]
+    plain, _ = reference.generate(prompts[0], TOKENS, CompressionConfig(**options), BLOCK, in_flight=0)
+    assert ours[0] != plain
