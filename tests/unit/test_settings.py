@@ -29,6 +29,14 @@ def test_the_local_configuration_is_two_replicas_of_the_bundled_model_with_its_s
     assert settings.compression.statistics == bundled.STATISTICS
 
 
+def test_statistics_self_reaches_the_engine_as_the_word():
+    compression = {"budget": 512, "window": 64, "statistics": "self"}
+    settings = parse_settings({"model": "bundled", "served_model_name": "m", "compression": compression})
+    assert settings.compression is not None
+    assert settings.compression.statistics == "self"
+    assert settings.compression.model_dump(mode="json")["statistics"] == "self"
+
+
 def test_without_compression_everything_else_stays():
     settings = load_settings(LOCAL)
     plain = settings.without_compression()

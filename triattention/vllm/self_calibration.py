@@ -47,7 +47,7 @@ def with_statistics(config: CompressionConfig, vllm_config: VllmConfig, local_ra
             if not path.exists():
                 _measure(vllm_config.model_config, path, local_rank)
             else:
-                logger.info("statistics is self: using those that an earlier start measured, %s", path)
+                logger.info("statistics is self: using those that another rank or start measured, %s", path)
     except OSError as error:
         raise ValueError(
             f"statistics is self, but {path.parent} cannot be written ({error}): set VLLM_CACHE_ROOT to a folder "
