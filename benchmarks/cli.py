@@ -169,6 +169,39 @@ def soak(
         raise typer.Exit(1)
 
 
+@app.command()
+def fleet_sim(
+    replicas: Annotated[int, typer.Option(min=2, help="simulated replicas")] = 1000,
+    requests: Annotated[int, typer.Option(min=1, help="requests of the trace")] = 1_000_000,
+    scenario: Annotated[str, typer.Option(help="busy, light, overload, or busy-reserving")] = "busy",
+    seed: int = 0,
+    processes: Annotated[int, typer.Option(min=1, help="routers simulated at once")] = 2,
+    plot: Annotated[Path | None, typer.Option(help="file for the picture (PNG)")] = None,
+    json_path: Json = None,
+) -> None:
+    """Headroom against other ways to route: the coordinator's own code, simulated replicas, virtual time."""
+    from benchmarks.fleet_simulation.report import plot as draw
+    from benchmarks.fleet_simulation.report import table_of
+    from benchmarks.fleet_simulation.run import run_scenario
+    from benchmarks.fleet_simulation.trace import SCENARIOS
+
+    if scenario not in SCENARIOS:
+        raise typer.BadParameter(f"there is no scenario {scenario}: choose one of {', '.join(SCENARIOS)}")
+    console = Console()
+    with console.status(f"Simulating {requests:,} requests under each router"):
+        figures = run_scenario(
+            SCENARIOS[scenario],
+            replicas,
+            requests,
+            seed,
+            processes,
+            on_done=lambda way, of: console.print(f"[green]✓[/] {way.title}: {of['cpu_seconds']:.0f} s of a core"),
+        )
+    _report(table_of(figures), figures, json_path)
+    if plot is not None:
+        draw(figures, plot)
+
+
 def _report(table: Table, figures: dict[str, Any], json_path: Path | None) -> None:
     Console().print(table)
     if json_path is not None:

@@ -50,6 +50,8 @@ class Admission:
         self._queue = Queue()
         self._releases = ReleaseRate()
         self._leases_checked_at = -math.inf
+        self._kept_free = ("", "")
+        """The reservation that has waited long, and the replica set aside for it."""
         self._placements: dict[str, Counter[str]] = {}
         self._counts = {tier: TierCounts() for tier in self._tiers}
         self._usage = UsageBook()
@@ -224,16 +226,14 @@ class Admission:
 
         `rows` are the replicas that may have gained headroom since the last call; on the others nobody who waits
         can be placed. A request that does not fit waits for every replica on which it could ever fit (`Claims`).
-        The classes do not wait for each other, with one exception: when a long request has waited for half of its
-        deadline, the replica that is closest to fitting it takes no short ones from behind it, unless it is the
-        only one.
+        Short ones come first, with one exception: when a long request has waited for half of its deadline, the
+        replica that is closest to fitting it takes no short ones, unless it is the only one.
         """
         self._releases.observe(self._ledger.ended_blocks, now)
         table = self._ledger.table
         decisions: list[Decision] = []
-        claims = {kind: Claims(table, rows) for kind in (SHORT, LONG)} if len(self._queue) else {}
-        half_deadline = self._settings.queue_deadline_seconds / 2
-        closed_to_short: int | None = None
+        claims = {kind: Claims(table, rows) for kind, length in self._queue.lengths.items() if length}
+        closed_to_short = self._set_aside(now)
         for waiting in self._queue:
             claimed = claims[waiting.kind]
             needs = waiting.needs(table)
@@ -245,8 +245,6 @@ class Admission:
                     continue
             if waiting is only:
                 break
-            if waiting.kind == LONG and closed_to_short is None and now - waiting.since >= half_deadline:
-                closed_to_short = self._closest(needs, now)
             claimed.add(needs)
             if all(one.cover_all for one in claims.values()):
                 break
@@ -305,14 +303,30 @@ class Admission:
         is_local = table.node[rows] == table.nodes.get(demand.node, -1)
         return affinity[rows], is_local
 
-    def _closest(self, needs: tuple[int, ...], now: float) -> int | None:
-        """The row of most headroom that could ever take it; None where it is the only one that takes requests."""
+    def _set_aside(self, now: float) -> int | None:
+        """The row kept free of short requests for the sake of a long one that has waited for half of its deadline: of
+        those that could ever take it the one of most headroom; None where no other would take requests.
+
+        It stays the same until that request is gone: the one of most headroom is always the one where something has
+        just ended, so choosing anew each time would close whatever becomes free.
+        """
         table = self._ledger.table
-        fresh = self._ledger.fresh(now)
-        able = np.flatnonzero(fresh & (table.usable >= np.array(needs)[table.kind]))
-        if fresh.sum() < 2 or not len(able):
+        first = self._queue.first(LONG)
+        if first is None or now - first.since < self._settings.queue_deadline_seconds / 2:
             return None
-        return int(able[table.headroom[able].argmax()])
+        fresh = self._ledger.fresh(now)
+        if fresh.sum() < 2:
+            return None
+        reservation, replica = self._kept_free
+        row = table.row_of.get(replica)
+        if reservation == first.demand.reservation and row is not None and fresh[row]:
+            return row
+        able = np.flatnonzero(fresh & (table.usable >= np.array(first.needs(table))[table.kind]))
+        if not len(able):
+            return None
+        row = int(able[table.headroom[able].argmax()])
+        self._kept_free = (first.demand.reservation, table.names[row])
+        return row
 
     def _enter(self, demand: Demand, now: float) -> Waiting:
         """Into the queue: the request's class, its place, and what its tenant is charged for it."""

@@ -30,10 +30,13 @@ class Waiting:
     """When its turn begins in its tenant's share. Every step of priority is worth `aging_seconds` of waiting, so that
     a low priority delays a request but never starves it. As in vLLM, a lower number is handled earlier."""
     rank: float
-    """When it is due: its place in the queue, the lower, the earlier."""
+    """When it is due: the lower, the earlier within its class."""
     blocks: int
     """The least it needs on any known replica; 0 while none is known."""
     _needs: tuple[int, ...] = ()
+
+    def place(self) -> tuple[bool, float]:
+        return self.kind == LONG, self.rank
 
     def needs(self, table: ReplicaTable) -> tuple[int, ...]:
         """Blocks it needs on each of `table.kinds`; NEVER where the limits do not allow it."""
@@ -43,20 +46,31 @@ class Waiting:
 
 
 class Queue:
-    """Waiting requests by rank. Iterating goes over a copy, so that those met can be removed."""
+    """Waiting requests, short ones first, each class by rank.
+
+    A short request takes little and gives it back soon, so it costs the long ones next to nothing to let it pass,
+    while it would wait for a multiple of its own time if blocks went to them first.
+    """
 
     def __init__(self) -> None:
         self.blocks = 0
         """What they need together."""
         self._ranked: list[Waiting] = []
         self._by_reservation: dict[str, Waiting] = {}
-        self._lengths = {SHORT: 0, LONG: 0}
+        self.lengths = {SHORT: 0, LONG: 0}
+        """How many wait, by class."""
 
     def __len__(self) -> int:
         return len(self._ranked)
 
     def __iter__(self) -> Iterator[Waiting]:
-        return iter(self._ranked.copy())
+        """The one met last may be removed meanwhile; nothing is copied, because mostly the first few are enough."""
+        position = 0
+        while position < len(self._ranked):
+            waiting = self._ranked[position]
+            yield waiting
+            if position < len(self._ranked) and self._ranked[position] is waiting:
+                position += 1
 
     def __contains__(self, reservation: str) -> bool:
         return reservation in self._by_reservation
@@ -66,19 +80,20 @@ class Queue:
 
     def first(self, kind: str) -> Waiting | None:
         """The next of one class."""
-        return next((one for one in self._ranked if one.kind == kind), None) if self._lengths[kind] else None
+        position = 0 if kind == SHORT else self.lengths[SHORT]
+        return self._ranked[position] if self.lengths[kind] else None
 
     def add(self, waiting: Waiting) -> None:
-        bisect.insort(self._ranked, waiting, key=lambda other: other.rank)
+        bisect.insort(self._ranked, waiting, key=Waiting.place)
         self._by_reservation[waiting.demand.reservation] = waiting
         self.blocks += waiting.blocks
-        self._lengths[waiting.kind] += 1
+        self.lengths[waiting.kind] += 1
 
     def remove(self, waiting: Waiting) -> None:
         self._ranked.remove(waiting)
         del self._by_reservation[waiting.demand.reservation]
         self.blocks -= waiting.blocks
-        self._lengths[waiting.kind] -= 1
+        self.lengths[waiting.kind] -= 1
 
 
 class Claims:

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from deploy.admission import Admission
 from deploy.messages import Demand, Placement
-from deploy.queue import SHORT
+from deploy.queue import SHORT, Waiting
 from deploy.settings import CoordinatorSettings
 from tests.unit.reports import compression, report
 from triattention.bounds import blocks_bound
@@ -169,7 +169,8 @@ class AdmissionMachine(RuleBasedStateMachine):
     @invariant()
     def the_queue_is_in_order_and_counts_its_blocks(self) -> None:
         waiting = list(self.core._queue)
-        assert waiting == sorted(waiting, key=lambda w: w.rank)
+        assert waiting == sorted(waiting, key=Waiting.place)
+        assert sum(self.core._queue.lengths.values()) == len(waiting)
         assert self.core._queue.blocks == sum(w.blocks for w in waiting)
         assert len(waiting) <= 12
         assert all(w.demand.reservation in self.core._queue for w in waiting)
