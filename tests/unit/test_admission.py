@@ -283,6 +283,26 @@ def test_short_ones_leave_one_replica_to_a_long_one_that_has_waited_half_its_dea
     assert {placed_on(core.submit(short_request(f"late{i}"), 31)) for i in range(2)} == {"b"}
 
 
+def test_what_becomes_free_goes_to_the_short_ones_first():
+    core = admission()
+    core.observe(report(free=0), 0)
+    core.submit(long_request("long, and earlier"), 0)
+    core.submit(short_request("short"), 1)
+    decisions = core.observe(report(sequence=2, free=41), 2)
+    assert [decision.reservation for decision in decisions] == ["short"]
+
+
+def test_the_replica_left_to_a_long_one_stays_the_same_while_others_become_free():
+    core = admission(queue_length=50)
+    core.observe(report("a", free=30), 0)
+    core.observe(report("b", free=20), 0)
+    core.submit(long_request("long"), 0)
+    core.observe(report("b", 2, free=20), 29.5)
+    core.observe(report("a", 2, free=30), 31)  # "a" is closest, and set aside
+    core.observe(report("b", 3, free=39), 31)  # "b" is closer now, but has just become free
+    assert {placed_on(core.submit(short_request(f"s{i}"), 31)) for i in range(5)} == {"b"}
+
+
 def test_the_only_replica_is_never_closed_to_short_ones():
     core = admission()
     core.observe(report(free=30), 0)
