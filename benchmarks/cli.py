@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 app = typer.Typer(help="Measure what the README states.", no_args_is_help=True)
@@ -202,7 +202,7 @@ def fleet_sim(
         draw(figures, plot)
 
 
-def _report(table: Table, figures: dict[str, Any], json_path: Path | None) -> None:
+def _report(table: RenderableType, figures: dict[str, Any], json_path: Path | None) -> None:
     Console().print(table)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import httpx
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from benchmarks.cli import app as bench_app
 from dashboards.cli import app as dashboards_app
@@ -90,16 +88,16 @@ def demo(
 
 
 @app.command()
-def status(file: SettingsFile = LOCAL) -> None:
-    """Show the replicas' memory and the queue of a running fleet."""
+def status(
+    file: SettingsFile = LOCAL,
+    once: Annotated[bool, typer.Option("--once", help="Draw once instead of live.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the fleet's state to this file.")] = None,
+) -> None:
+    """Watch every replica's KV blocks, requests and compactions, and the queue."""
+    from deploy.status import show_status
+
     with _sentences():
-        url = endpoint(load_settings(file))
-        try:
-            response = httpx.get(f"{url}/fleet", timeout=5)
-            response.raise_for_status()
-        except httpx.HTTPError as error:
-            raise FleetError(f"No fleet answers at {url} ({error}): start it with `trifleet up`.") from None
-        console.print(_status_table(url, response.json()))
+        show_status(endpoint(load_settings(file)), console, once, json)
 
 
 @contextmanager
@@ -124,34 +122,6 @@ def _shown_fleet(settings: FleetSettings, title: str = "Fleet") -> Iterator[str]
             finally:
                 console.print("Stopping …")
     console.print("[green]✓[/] Stopped; no process is left.")
-
-
-def _status_table(url: str, fleet: dict[str, Any]) -> Table:
-    queue = ", ".join(f"{count} {kind}" for kind, count in fleet["queue_length"].items())
-    table = Table(
-        title=f"Fleet at {url}",
-        title_justify="left",
-        caption=f"Blocks of KV memory. Waiting: {queue}. Placed so far: {fleet['admissions']:,}.",
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("replica", style="bold", no_wrap=True)
-    for column in ("blocks", "free", "headroom", "running", "compactions", "given back"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for replica in fleet["replicas"]:
-        engine = replica["engine"]
-        values = (
-            engine["total_blocks"],
-            engine["free_blocks"],
-            replica["headroom_blocks"],
-            engine["running"],
-            engine["compactions"],
-            engine["freed_blocks"],
-        )
-        name = replica["replica"] if replica["fresh"] else f"[red]{replica['replica']} silent[/]"
-        table.add_row(name, *(f"{value:,}" for value in values))
-    return table
 
 
 def _curl_line(settings: FleetSettings, url: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Group
 from rich.table import Table
 
 from benchmarks.fleet_simulation.routers import WAYS
@@ -84,43 +85,52 @@ def compared(ways: dict[str, dict[str, Any]], scenario: Scenario) -> dict[str, A
     }
 
 
-def table_of(figures: dict[str, Any]) -> Table:
+def table_of(figures: dict[str, Any]) -> Group:
+    """What became of the requests, and how long they waited: two tables, so that they fit 80 columns."""
     scenario = figures["scenario"]
-    table = Table(
-        title=f"{figures['replicas']:,} simulated replicas, {figures['requests']:,} requests, scenario "
-        f'"{scenario["name"]}"',
+    requests = figures["requests"]
+    ends = Table(
+        title=f"{figures['replicas']:,} simulated replicas, {requests:,} requests, scenario {scenario['name']}",
         title_justify="left",
-        caption="Goodput: tokens of answered requests, each counted once. Within targets: the first token in "
-        f"{scenario['first_token_seconds_short']:g} s "
-        f"(short) or {scenario['first_token_seconds_long']:g} s (long) and at most "
-        f"{scenario['token_seconds'] * 1000:g} ms a token. Who got no first token counts as waiting until the end. "
+        caption="Tokens per second of answered requests, each token counted once. Within targets: the first token in "
+        f"{scenario['first_token_seconds_short']:g} s (short) or {scenario['first_token_seconds_long']:g} s (long) "
+        f"and at most {scenario['token_seconds'] * 1000:g} ms a token.",
+        caption_justify="left",
+    )
+    waits = Table(
+        title="Seconds to the first token, milliseconds a token: p50 / p99",
+        title_justify="left",
+        caption="Who got no first token counts as waiting until refused or gone. "
         f"Wall time {figures['wall_seconds']:.0f} s.",
         caption_justify="left",
     )
-    table.add_column("")
-    for heading in (
-        "goodput\ntokens/s", "within targets\ntokens/s", "refused", "gave up", "preemp-\ntions",
-        "short: first token\np50 / p99", "a token\np50 / p99 ms",
-        "long: first token\np50 / p99", "a token\np50 / p99 ms",
-    ):  # fmt: skip
-        table.add_column(heading, justify="right", no_wrap=True)
+    for table, headings in (
+        (ends, ("goodput", "in targets", "refused", "gave up", "preempted")),
+        (waits, ("short: first", "a token", "long: first", "a token")),
+    ):
+        table.add_column("")
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
     for way in WAYS:
         if way.name not in figures["ways"]:
             continue
         of = figures["ways"][way.name]
-        cells = [
+        style = "bold" if way.name == "headroom" else None
+        ends.add_row(
+            way.title,
             f"{of['goodput_tokens_per_second']:,.0f}",
             f"{of['within_targets_tokens_per_second']:,.0f}",
-            f"{of['refused'] / figures['requests']:.2%}",
-            f"{of['gave_up'] / figures['requests']:.2%}",
+            f"{of['refused'] / requests:.2%}",
+            f"{of['gave_up'] / requests:.2%}",
             f"{of['preemptions']:,}",
-        ]
-        for name in ("short", "long"):
-            kind = of[name]
-            cells.append(f"{kind['first_token_seconds_p50']:.2f} / {kind['first_token_seconds_p99']:.2f} s")
+            style=style,
+        )
+        cells = []
+        for kind in (of["short"], of["long"]):
+            cells.append(f"{kind['first_token_seconds_p50']:.2f} / {kind['first_token_seconds_p99']:.2f}")
             cells.append(f"{kind['token_milliseconds_p50']:.0f} / {kind['token_milliseconds_p99']:.0f}")
-        table.add_row(way.title, *cells, style="bold" if way.name == "headroom" else None)
-    return table
+        waits.add_row(way.title, *cells, style=style)
+    return Group(ends, waits)
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
