@@ -21,7 +21,7 @@ from triattention.rope import read_config
 FLEET = """
 model: {model}
 served_model_name: tiny
-engine: {{dtype: float32, max_model_len: 2048, block_size: 32, num_gpu_blocks: 100, max_num_batched_tokens: 256,
+engine: {{dtype: bfloat16, max_model_len: 2048, block_size: 32, num_gpu_blocks: 100, max_num_batched_tokens: 256,
   extra: {{gpu_memory_utilization: 0.05}}}}
 compression: {{budget: 256, interval: 128, window: 64, statistics: {statistics}}}
 """

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_configs
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, SlidingWindowSpec
@@ -150,7 +151,8 @@ def _check_worker(diagnosis: Diagnosis, vllm_config: VllmConfig, config: Compres
             is_driver_worker=True,
         )
         worker.init_device()
-        with torch.device("meta"):
+        # As vLLM's loader does it: layers take the dtype of their keys from torch's default.
+        with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
             worker.model_runner.model = initialize_model(vllm_config)
     with diagnosis.refusing("layers"):
         specs = worker.get_kv_cache_spec()
