@@ -28,9 +28,9 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("runner", "asynchronous", "selection"),
-    [("V1", False, "per_head"), ("V2", True, "per_layer_per_head")],
-    ids=["V1 runner, sync", "V2 runner, async"],
+    ("runner", "asynchronous", "selection", "requests"),
+    [("V1", False, "per_head", 1), ("V2", True, "per_layer_per_head", 2)],
+    ids=["V1 runner, sync", "V2 runner, async, two requests"],
 )
 def test_greedy_tokens_equal_the_reference(
     small_model: tuple[Path, Path],
@@ -39,10 +39,11 @@ def test_greedy_tokens_equal_the_reference(
     runner: str,
     asynchronous: bool,
     selection: Selection,
+    requests: int,
 ) -> None:
     model, statistics = small_model
     config = CompressionConfig(budget=32, interval=16, window=8, selection=selection, statistics=statistics)
-    prompts = [prompts[0], prompts[1][:10]]
+    prompts = [prompts[0], prompts[1][:10]][:requests]
     job = tmp_path / "job.json"
     job.write_text(
         json.dumps(
