@@ -100,17 +100,17 @@ def orders_are_carried_out_at_once_whatever_they_share(patch: pytest.MonkeyPatch
 
 
 MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
-    (hashes_are_kept, "prompt pin, tight pool", "that later requests may hit|not what its hash says"),
-    (shared_blocks_are_not_protected, "prompt pin, tight pool", "wrote into a block that another request reads"),
-    (hashes_are_published_after_a_compaction, "prompt pin, tight pool", "an approximate block is published"),
-    (dead_blocks_are_not_freed, "prompt pin, tight pool", "blocks are lost or held twice"),
-    (one_more_block_dies_than_the_order_says, "prompt pin, tight pool", "what is read back is not what is live"),
-    (compactions_come_late, "prompt compress, tight pool", "live blocks exceed the bound"),
-    (hits_are_not_limited, "prompt compress, tight pool", "live blocks exceed the bound"),
-    (growth_of_running_requests_is_forgotten, "prompt pin, growth reserved", "cannot grow although"),
+    (hashes_are_kept, "async, prompt pin, tight pool", "that later requests may hit|not what its hash says"),
+    (shared_blocks_are_not_protected, "async, prompt pin, tight pool", "wrote into a block that another request reads"),
+    (hashes_are_published_after_a_compaction, "async, prompt pin, tight pool", "an approximate block is published"),
+    (dead_blocks_are_not_freed, "async, prompt pin, tight pool", "blocks are lost or held twice"),
+    (one_more_block_dies_than_the_order_says, "async, prompt pin, tight pool", "what is read back is not what is live"),
+    (compactions_come_late, "async, prompt compress, tight pool", "live blocks exceed the bound"),
+    (hits_are_not_limited, "sync, prompt pin, tight pool", "live blocks exceed the bound"),
+    (growth_of_running_requests_is_forgotten, "async, prompt pin, growth reserved", "cannot grow although"),
     (
         orders_are_carried_out_at_once_whatever_they_share,
-        "prompt compress, tight pool",
+        "async, prompt compress, tight pool",
         "token is seen twice|not what is live|another request's",
     ),
 ]
@@ -130,4 +130,4 @@ def test_a_mutant_is_caught_by_the_name_of_what_it_breaks(
         report_multiple_bugs=False,
     )
     with pytest.raises(AssertionError, match=name):
-        run_state_machine_as_test(VARIANTS[f"async, {variant}"], settings=searching)
+        run_state_machine_as_test(VARIANTS[variant], settings=searching)
