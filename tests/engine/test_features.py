@@ -99,20 +99,6 @@ def test_compressed_prompts_equal_the_reference_compacted_at_the_same_chunk_boun
     assert_pool_whole(llm)
 
 
-def test_a_compressed_prompt_longer_than_the_pool_is_served_again_and_again(
-    engine: EngineFactory, config: CompressionConfig
-) -> None:
-    """Each time exact blocks of one more chunk are published; hits on all of them would soon fill the pool."""
-    llm = engine(config.model_copy(update={"prompt": "compress", "sinks": 4}), blocks=41, max_num_batched_tokens=128)
-    prompt = [i * 7 % 511 for i in range(1500)]
-    for turn in range(12):
-        llm.llm_engine.add_request(f"turn{turn}", {"prompt_token_ids": prompt}, greedy(1))
-        for _ in range(20):
-            llm.llm_engine.step()
-        assert not llm.llm_engine.has_unfinished_requests(), f"turn {turn} is not served"
-    assert_pool_whole(llm)
-
-
 def truncated_to_fp8(numbers: torch.Tensor) -> torch.Tensor:
     """What vLLM's CPU kernels make of fp32 in an e4m3 cache: rounded towards zero."""
     size = numbers.abs().clamp(max=448)

@@ -182,7 +182,7 @@ class CompactedAttentionManager(FullAttentionManager):
     def hit_limit(self, request: Request) -> int:
         """Most tokens that prefix-cache hits may bring at admission: more would be dead in the next step.
 
-        Without it a request could start with more blocks than its bound, or, where they fill the pool, never.
+        Without it a request could start with more blocks than its bound, which admission counted on.
         """
         pinned = self.pinned_blocks(request.num_prompt_tokens)
         live = self.config.budget + max(self.config.interval, self.block_size) - 1
