@@ -159,12 +159,12 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         shares.barh(places, values, left=left, color=color, label=kind)
         left += values
     shares.set(xlabel="% of the tokens asked for", xlim=(0, 100), title="What became of them")
-    shares.legend(loc="lower left", fontsize=8)
+    shares.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize=8, frameon=False)
     counts = [one["preemptions"] for one in of]
     preemptions.barh(places, counts, color=colors)
     for place, number in enumerate(counts):
         preemptions.annotate(f" {number:,}", (number, place), va="center", fontsize=9)
-    preemptions.set(xlabel="preemptions", title="Requests that lost their memory and were computed anew")
+    preemptions.set(xlabel="preemptions", title="Lost their memory, computed anew")
     preemptions.margins(x=0.18)
     for axes in (shares, preemptions):
         axes.set_yticks(places, titles)
