@@ -234,20 +234,18 @@ class Admission:
         decisions: list[Decision] = []
         claims = {kind: Claims(table, rows) for kind, length in self._queue.lengths.items() if length}
         closed_to_short = self._set_aside(now)
-        for waiting in self._queue:
-            claimed = claims[waiting.kind]
-            needs = waiting.needs(table)
-            if (only is None or waiting is only) and claimed.leave_any_to(needs):
-                closed = closed_to_short if waiting.kind == SHORT else None
-                placement = self._place(waiting, rows, claimed, closed, now)
-                if placement is not None:
-                    decisions.append(placement)
-                    continue
-            if waiting is only:
-                break
-            claimed.add(needs)
-            if all(one.cover_all for one in claims.values()):
-                break
+        for kind, claimed in claims.items():
+            for waiting in self._queue.of(kind):
+                needs = waiting.needs(table)
+                if (only is None or waiting is only) and claimed.leave_any_to(needs):
+                    closed = closed_to_short if kind == SHORT else None
+                    placement = self._place(waiting, rows, claimed, closed, now)
+                    if placement is not None:
+                        decisions.append(placement)
+                        continue
+                claimed.add(needs)
+                if waiting is only or claimed.cover_all:
+                    break
         return decisions
 
     def _serve_changed(self, replica: str, now: float) -> list[Decision]:

@@ -64,9 +64,13 @@ class Queue:
         return len(self._ranked)
 
     def __iter__(self) -> Iterator[Waiting]:
-        """The one met last may be removed meanwhile; nothing is copied, because mostly the first few are enough."""
-        position = 0
-        while position < len(self._ranked):
+        for kind in (SHORT, LONG):
+            yield from self.of(kind)
+
+    def of(self, kind: str) -> Iterator[Waiting]:
+        """One class. The one met last may be removed meanwhile; nothing is copied, as the first few mostly suffice."""
+        position = 0 if kind == SHORT else self.lengths[SHORT]
+        while position < len(self._ranked) and self._ranked[position].kind == kind:
             waiting = self._ranked[position]
             yield waiting
             if position < len(self._ranked) and self._ranked[position] is waiting:
