@@ -88,7 +88,7 @@ class FakeReplica:
 
     async def serve(self, reservation: str, seconds: float) -> None:
         request = f"cmpl-{reservation}-0-0a1b2c3d"
-        self._reporter.begin(reservation, "default", 0.0)
+        self._reporter.begin(reservation, "default", "short", 0.0)
         self._held[request] = HELD_BLOCKS
         await asyncio.sleep(seconds)
         del self._held[request]

@@ -14,7 +14,7 @@ from grafana_foundation_sdk.models.dashboard import (
 
 from dashboards.panels import DATASOURCE, PanelBuilder
 from dashboards.promql import VARIABLES
-from deploy.metrics import TOTAL_BLOCKS
+from deploy.metrics import ADMISSIONS, TOTAL_BLOCKS
 
 TAG = "trifleet"
 
@@ -38,10 +38,8 @@ def board(uid: str, title: str, description: str, *rows: Row) -> Dashboard:
         .link(_links())
         .with_variable(dashboard.DatasourceVariable("datasource").label("Datasource").type("prometheus"))
     )
-    chosen: list[str] = []
     for label in VARIABLES:
-        made.with_variable(_variable(label, chosen))
-        chosen.append(VARIABLES[label])
+        made.with_variable(_variable(label))
     number = 0
     for row in rows:
         number += 1
@@ -55,9 +53,12 @@ def board(uid: str, title: str, description: str, *rows: Row) -> Dashboard:
     return built
 
 
-def _variable(label: str, chosen: list[str]) -> dashboard.QueryVariable:
-    """The label's values under what is chosen in the variables before it: one model, any clusters and replicas."""
-    selector = f"{TOTAL_BLOCKS.name}{{{', '.join(chosen)}}}" if chosen else TOTAL_BLOCKS.name
+def _variable(label: str) -> dashboard.QueryVariable:
+    """The label's values under what is chosen in the variables before it: one model, any clusters, replicas, tiers."""
+    metric = ADMISSIONS if label == "tier" else TOTAL_BLOCKS
+    before = list(VARIABLES)[: list(VARIABLES).index(label)]
+    chosen = [VARIABLES[other] for other in before if other in ("cluster", *metric.labels)]
+    selector = f"{metric.name}{{{', '.join(chosen)}}}" if chosen else metric.name
     query = f"label_values({selector}, {label})"
     variable = (
         dashboard.QueryVariable(label)

@@ -10,11 +10,13 @@ from dashboards.panels import (
     COUNT,
     GREEN,
     GREY,
+    JOULES,
     ORANGE,
     PER_SECOND,
     PURPLE,
     RATIO,
     RED,
+    WATTS,
     Query,
     bars,
     lines,
@@ -26,9 +28,16 @@ from deploy.metrics import (
     BLOCK_BYTES,
     FREE_BLOCKS,
     FRESH,
+    GENERATED_TOKENS,
+    GPU_ENERGY_JOULES,
+    GPU_MEMORY_BYTES,
+    GPU_MEMORY_USED_BYTES,
+    GPU_POWER_WATTS,
+    GPUS,
     HEADROOM_BLOCKS,
     HELD_BLOCKS,
     PEAK_BLOCKS_PER_REQUEST,
+    PLACEMENTS,
     PREDICTED_BLOCKS,
     QUEUE_LENGTH,
     QUEUED_BLOCKS,
@@ -43,6 +52,10 @@ PLACEABLE = f"{series(HEADROOM_BLOCKS)} * {series(FRESH)}"
 WATERMARK = (
     f"{series(FREE_BLOCKS)} - {series(RESERVED_BLOCKS)} - {series(PREDICTED_BLOCKS)} - {series(HEADROOM_BLOCKS)}"
 )
+# A fleet may have replicas with and without GPUs: only those with count.
+JOIN = "cluster, model, replica"
+HAS_GPUS = f"({series(GPUS)} > bool 0)"
+PLACED_ON_GPUS = f"{rate(PLACEMENTS)} * on ({JOIN}) group_left () {HAS_GPUS}"
 LITTLE_LEFT = ((None, RED), (0.05, ORANGE), (0.15, GREEN))
 LITTLE_FREE = ((None, GREEN), (0.85, ORANGE), (0.95, RED))
 
@@ -129,6 +142,36 @@ def dashboard() -> Dashboard:
                 COUNT,
                 Query(f"sum({series(TOTAL_BLOCKS)} / ({series(PEAK_BLOCKS_PER_REQUEST)} > 0))", "fit"),
                 Query(f"sum({series(RUNNING)})", "decode now"),
+            ),
+        )),
+        Row("GPUs, where NVML is there", (
+            lines(
+                "Users served per GPU",
+                "Sequences that decode over GPUs: what compression buys in hardware.",
+                COUNT, Query(f"sum({series(RUNNING)} * on ({JOIN}) {HAS_GPUS}) / sum({series(GPUS)})", "users per GPU"),
+                width=6,
+            ),
+            lines(
+                "GPU memory in use, by replica",
+                "vLLM takes its share at start and keeps it, full or empty: what fills inside it is above.",
+                RATIO, Query(f"{series(GPU_MEMORY_USED_BYTES)} / {series(GPU_MEMORY_BYTES)}", "{{replica}}"), width=6,
+            ),
+            lines("GPU power, by replica", "All GPUs of a replica together.",
+                  WATTS, Query(series(GPU_POWER_WATTS), "{{replica}}"), width=6),
+            lines(
+                "Energy per output token",
+                "Of all GPUs, idle ones as well: falls as more users share a GPU.",
+                JOULES,
+                Query(f"sum({rate(GPU_ENERGY_JOULES)}) / sum({rate(GENERATED_TOKENS)} * on ({JOIN}) {HAS_GPUS})",
+                      "per token"),
+                width=6,
+            ),
+            lines(
+                "Energy per request",
+                "Of all GPUs, over the requests placed on them.",
+                JOULES,
+                Query(f"sum({rate(GPU_ENERGY_JOULES)}) / sum({PLACED_ON_GPUS})", "per request"),
+                width=6,
             ),
         )),
         Row("Demand that does not fit", (

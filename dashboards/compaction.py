@@ -15,19 +15,22 @@ from dashboards.panels import (
     RED,
     SECONDS,
     Query,
+    heat,
     lines,
     value,
 )
-from dashboards.promql import increase, quantile, rate, rate_of_sum, series
+from dashboards.promql import bucket_rate, increase, quantile, rate, rate_of_sum, series
 from deploy.metrics import (
     BLOCK_TOKENS,
     COMPACTION_SECONDS,
     COMPACTIONS,
     EVICTED_TOKENS,
+    FIRST_COMPACTION_SECONDS,
     FREED_BLOCKS,
     GENERATED_TOKENS,
     HELD_BLOCKS,
     PEAK_BLOCKS_PER_REQUEST,
+    PINNED_BLOCKS,
     PREEMPTIONS,
     RECLAIMED_BYTES,
     RUNNING,
@@ -131,10 +134,17 @@ def dashboard() -> Dashboard:
             ),
             lines(
                 "Blocks in use, and what they would be without compaction",
-                "The gap is memory that other requests can use.",
+                "The gap is memory that other requests can use. Pinned prompts are never compacted.",
                 BLOCKS,
                 Query(f"sum({series(HELD_BLOCKS)})", "in use"),
+                Query(f"sum({series(PINNED_BLOCKS)})", "pinned prompts among them"),
                 Query(f"sum({series(UNCOMPRESSED_BLOCKS)})", "without compaction"),
+                width=8,
+            ),
+            heat(
+                "Time to a request's first compaction",
+                "From its arrival, by length of that time: how long until a request has outgrown its budget.",
+                SECONDS, Query(bucket_rate(FIRST_COMPACTION_SECONDS, "le"), "{{le}}"), width=8,
             ),
             lines(
                 "Bytes reclaimed per byte evicted, by replica",
@@ -143,6 +153,7 @@ def dashboard() -> Dashboard:
                 Query(
                     f"{rate(FREED_BLOCKS)} * {series(BLOCK_TOKENS)} / ({rate(EVICTED_TOKENS)} > 0)", "{{replica}}"
                 ),
+                width=8,
             ),
         )),
         Row("Cost", (

@@ -38,6 +38,8 @@ PER_MINUTE = "opm"
 PER_SECOND = "ops"
 RATIO = "percentunit"
 SECONDS = "s"
+JOULES = "joule"
+WATTS = "watt"
 
 GREEN, ORANGE, RED, BLUE, PURPLE, GREY = "green", "orange", "red", "blue", "purple", "#8e8e8e"
 

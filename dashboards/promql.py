@@ -11,7 +11,12 @@ from deploy.metrics import Descriptor
 # Label of a series -> the matcher that follows the dashboards' variable. `cluster` is not ours: whoever scrapes
 # several fleets into one Prometheus puts it on, and its variable matches series without it, too. One model at a
 # time: blocks of different models are of different sizes, so their sums would mean nothing.
-VARIABLES = {"cluster": 'cluster=~"$cluster"', "model": 'model="$model"', "replica": 'replica=~"$replica"'}
+VARIABLES = {
+    "cluster": 'cluster=~"$cluster"',
+    "model": 'model="$model"',
+    "replica": 'replica=~"$replica"',
+    "tier": 'tier=~"$tier"',
+}
 
 # What Grafana puts in for its own variables; here for parsing, and for running a panel's query without Grafana.
 SAMPLE_VALUES = {
@@ -20,6 +25,7 @@ SAMPLE_VALUES = {
     "$cluster": ".*",
     "$model": "model",
     "$replica": ".*",
+    "$tier": ".*",
 }
 
 
@@ -42,7 +48,7 @@ def interpolated(expr: str, values: dict[str, str]) -> str:
 
 
 def series(metric: Descriptor, **matchers: str) -> str:
-    """The metric's series of the chosen cluster, model and replica: `name{cluster=~"$cluster", ...}`."""
+    """The metric's series of the chosen cluster, model, replica and tier: `name{cluster=~"$cluster", ...}`."""
     return _select(metric.name, metric, matchers)
 
 

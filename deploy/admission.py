@@ -288,7 +288,7 @@ class Admission:
         counts.waits[waiting.kind].observe(now - waiting.since)
         self._placements[replica][name] += 1
         self._prefixes.note(waiting.demand.prefix, replica)
-        return Placement(waiting.demand.reservation, replica, name)
+        return Placement(waiting.demand.reservation, replica, name, waiting.kind)
 
     def _ties(self, demand: Demand, rows: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """What decides between equal replicas: how much of the prompt each has cached, and whether it is near."""

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from deploy.admission import Admission
+from deploy.exposition import FleetCollector, as_json, render
 from deploy.messages import CapacityReport, Decision, Demand, FleetLoad
-from deploy.metrics import as_json, render
 from deploy.settings import CoordinatorSettings
 from deploy.snapshot import FleetSnapshot
 from deploy.tiers import Tier
+from replicas.ray_export import RayExport
 
 NAME = "coordinator"
 NAMESPACE = "trifleet"
@@ -48,6 +49,7 @@ class Coordinator:
         self._probes = 0
         self._waiting: dict[str, asyncio.Future[Decision]] = {}
         self._ticking: asyncio.Task[None] | None = None
+        self._exporting: asyncio.Task[None] | None = None
         self._refused_by_router: Counter[tuple[str, str]] = Counter()
         """By tier and reason."""
         self._placed_by_router: Counter[str] = Counter()
@@ -137,6 +139,8 @@ class Coordinator:
         """Begun by the first report: a Ray actor's constructor is no place to start a task."""
         if self._ticking is None:
             self._ticking = asyncio.create_task(self._tick())
+            export = RayExport(FleetCollector(self._model, self._snapshot).collect)
+            self._exporting = asyncio.create_task(export.run())
 
     async def _tick(self) -> None:
         while True:

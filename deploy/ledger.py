@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.messages import CapacityReport
+from deploy.messages import CapacityReport, GpuReading
 from deploy.replica_table import ReplicaKind, ReplicaTable
 from triattention.bounds import blocks_bound
 from triattention.report import EngineReport
@@ -67,6 +67,8 @@ class ReplicaSnapshot:
     reservations: int
     drift_blocks: int
     """Held blocks that no booking explains; negative where requests share prefix blocks."""
+    gpu: GpuReading | None
+    """As last reported; None where there is no NVML."""
 
 
 class ReplicaLedger:
@@ -177,6 +179,7 @@ class ReplicaLedger:
             headroom_blocks=self.headroom_blocks,
             reservations=len(self.bookings),
             drift_blocks=self.drift_blocks,
+            gpu=self.report.gpu,
         )
 
     def _add(self, reservation: str, booking: Booking) -> None:

@@ -3,9 +3,19 @@
 from dataclasses import dataclass
 
 from deploy.tiers import ANONYMOUS, DEFAULT_TIER
-from replicas.messages import CapacityReport, ReplicaLimits, TierUsage
+from replicas.messages import CapacityReport, GpuReading, Pace, ReplicaLimits, TierUsage
 
-__all__ = ["CapacityReport", "Decision", "Demand", "Placement", "Refusal", "ReplicaLimits", "TierUsage"]
+__all__ = [
+    "CapacityReport",
+    "Decision",
+    "Demand",
+    "GpuReading",
+    "Pace",
+    "Placement",
+    "Refusal",
+    "ReplicaLimits",
+    "TierUsage",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class Placement:
     replica: str
     reason: str
     """Why this replica: the label of the placements metric."""
+    length_class: str
+    """"short" or "long": a label of metrics."""
 
 
 @dataclass(frozen=True)

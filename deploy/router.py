@@ -36,7 +36,17 @@ from deploy.haproxy_wrapper import AGAIN_PREFIX
 from deploy.messages import Decision, Demand, Placement, Refusal
 from deploy.requests import Admissible, Served, examine, too_large
 from deploy.tiers import Keyring, Tier, with_default
-from replicas.headers import KIND, OUTPUT_LIMIT, REFUSAL, RESERVATION, TIER, WAITED, Answer, new_reservation
+from replicas.headers import (
+    KIND,
+    LENGTH_CLASS,
+    OUTPUT_LIMIT,
+    REFUSAL,
+    RESERVATION,
+    TIER,
+    WAITED,
+    Answer,
+    new_reservation,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -140,9 +150,10 @@ class Router:
     async def _placed(self, request: Admissible, failed: str | None, arrived_at: float) -> dict[str, Any]:
         """`failed`: the reservation under which a replica has failed this request already."""
 
-        def headers(reservation: str) -> dict[str, str]:
+        def headers(reservation: str, length_class: str | None = None) -> dict[str, str]:
             values = {
                 RESERVATION: reservation,
+                LENGTH_CLASS: length_class,
                 TIER: request.demand.tier,
                 WAITED: f"{time.monotonic() - arrived_at:.3f}",
                 KIND: request.kind,
@@ -161,7 +172,7 @@ class Router:
                 return _route_to(await self._pick(None), {REFUSAL: _answer(decision).encode()})
             replica = await self._pick(decision.replica)
             if replica.replica_id.unique_id == decision.replica:
-                return _route_to(replica, headers(decision.reservation))
+                return _route_to(replica, headers(decision.reservation, decision.length_class))
             await self._ask("release", decision.reservation)
             await asyncio.sleep(RESOLVE_PAUSE_SECONDS)
             demand, failed = replace(demand, reservation=new_reservation()), None

@@ -1,6 +1,6 @@
 """What every tier has used so far: sums of what the replicas count, kept when a replica goes."""
 
-from deploy.messages import CapacityReport, TierUsage
+from deploy.messages import CapacityReport, Pace, TierUsage
 
 
 class UsageBook:
@@ -34,11 +34,20 @@ class UsageBook:
 
 
 def _sum(one: TierUsage, other: TierUsage) -> TierUsage:
+    classes = one.pace.keys() | other.pace.keys()
     return TierUsage(
         requests=one.requests + other.requests,
         prompt_tokens=one.prompt_tokens + other.prompt_tokens,
-        output_tokens=one.output_tokens + other.output_tokens,
         block_seconds=one.block_seconds + other.block_seconds,
+        pace={c: _both(one.pace.get(c, Pace()), other.pace.get(c, Pace())) for c in classes},
+    )
+
+
+def _both(one: Pace, other: Pace) -> Pace:
+    return Pace(
+        output_tokens=one.output_tokens + other.output_tokens,
         first_token_seconds=one.first_token_seconds + other.first_token_seconds,
         first_token_counts=tuple(map(sum, zip(one.first_token_counts, other.first_token_counts, strict=True))),
+        per_token_seconds=one.per_token_seconds + other.per_token_seconds,
+        per_token_counts=tuple(map(sum, zip(one.per_token_counts, other.per_token_counts, strict=True))),
     )

@@ -4,12 +4,12 @@ Owns the engine's start, its statistics tap and its end. Knows nothing of Ray.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client import generate_latest
+from prometheus_client import Metric, generate_latest
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -27,13 +27,15 @@ from triattention.vllm import engine_arguments
 __all__ = ["Engine"]
 
 Listener = Callable[[dict[str, Any]], None]
+EndListener = Callable[[str, float], None]
 
 
 class _ReportTap(StatLoggerBase):
     """Hands every engine report (`EngineReport` as a dict) to a listener, in the event loop of the engine."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, on_end: EndListener) -> None:
         self._listener = listener
+        self._on_end = on_end
 
     def record(
         self,
@@ -42,6 +44,9 @@ class _ReportTap(StatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
+        for ended in iteration_stats.finished_requests if iteration_stats is not None else ():
+            if ended.request_id is not None and ended.num_generation_tokens > 1:
+                self._on_end(ended.request_id, ended.mean_time_per_output_token)
         if scheduler_stats is not None and scheduler_stats.kv_connector_stats is not None:
             self._listener(scheduler_stats.kv_connector_stats[REPORT_KEY])
 
@@ -57,15 +62,18 @@ class Engine:
         self.app = app
 
     @classmethod
-    async def start(cls, arguments: dict[str, Any], compression: Any, listener: Listener) -> "Engine":
+    async def start(
+        cls, arguments: dict[str, Any], compression: Any, listener: Listener, on_end: EndListener
+    ) -> "Engine":
         """Start an engine from `vllm serve` arguments by their Python names.
 
-        `listener` is called after every engine step. Raises ValueError for an argument that vLLM has not.
+        `listener` is called after every engine step, `on_end` with the request id and the mean seconds per output
+        token of every sequence that ends. Raises ValueError for an argument that vLLM has not.
         """
         args = _serve_arguments({**arguments, **engine_arguments(compression)})
 
         def tap(config: VllmConfig, index: int) -> StatLoggerBase:
-            return _ReportTap(listener)
+            return _ReportTap(listener, on_end)
 
         client = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), stat_loggers=[tap])
         tasks = await client.get_supported_tasks()
@@ -86,6 +94,10 @@ class Engine:
     def metrics(self) -> str:
         """vLLM's own metrics in Prometheus' text format."""
         return generate_latest(get_prometheus_registry()).decode()
+
+    def families(self) -> Iterator[Metric]:
+        """The same, parsed; without what Python and the process say of themselves."""
+        return (family for family in get_prometheus_registry().collect() if family.name.startswith("vllm:"))
 
     @property
     def is_dead(self) -> bool:

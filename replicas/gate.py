@@ -16,11 +16,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.answer import AnswerPath
-from replicas.headers import KIND, OUTPUT_LIMIT, REFUSAL, RESERVATION, TIER, WAITED, Answer
+from replicas.headers import KIND, LENGTH_CLASS, OUTPUT_LIMIT, REFUSAL, RESERVATION, TIER, WAITED, Answer
 
 DISCONNECT_SECONDS = 5.0
 # Of requests that the router did not see.
 NO_TIER = "default"
+NO_CLASS = "long"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ _LIMIT_FIELD = {"/v1/chat/completions": "max_completion_tokens", "/v1/responses"
 class Reservations(Protocol):
     """Who is told when a request of a reservation comes, is answered and has ended, and knows what it took."""
 
-    def begin(self, reservation: str, tier: str, waited_seconds: float) -> None: ...
+    def begin(self, reservation: str, tier: str, length_class: str, waited_seconds: float) -> None: ...
 
     def answered(self, reservation: str) -> None: ...
 
@@ -89,7 +90,8 @@ class Gate:
         if reservation is None:
             await self._admitted(scope, receive, send, None)
             return
-        self._reservations.begin(reservation, headers.get(TIER, NO_TIER), float(headers.get(WAITED, "0")))
+        tier, length_class = headers.get(TIER, NO_TIER), headers.get(LENGTH_CLASS, NO_CLASS)
+        self._reservations.begin(reservation, tier, length_class, float(headers.get(WAITED, "0")))
         try:
             await self._admitted(scope, receive, send, reservation)
         finally:

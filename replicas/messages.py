@@ -16,6 +16,23 @@ class ReplicaLimits:
 
 FIRST_TOKEN_BUCKETS_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Upper bounds of the first-token histogram; one more bucket holds what took longer."""
+PER_TOKEN_BUCKETS_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
+"""The same for a request's mean time per output token after the first."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the requests of one tier and class were served since the engine's start. Only ever grows."""
+
+    output_tokens: int = 0
+    first_token_seconds: float = 0.0
+    """Sum over the requests of which a byte was answered, from their arrival at the router."""
+    first_token_counts: tuple[int, ...] = (0,) * (len(FIRST_TOKEN_BUCKETS_SECONDS) + 1)
+    """Requests per bucket of FIRST_TOKEN_BUCKETS_SECONDS, each counted once."""
+    per_token_seconds: float = 0.0
+    """Sum of the sequences' means, as vLLM measures them."""
+    per_token_counts: tuple[int, ...] = (0,) * (len(PER_TOKEN_BUCKETS_SECONDS) + 1)
+    """Sequences per bucket of PER_TOKEN_BUCKETS_SECONDS, each counted once."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +42,26 @@ class TierUsage:
     requests: int = 0
     """Ended, in whatever way."""
     prompt_tokens: int = 0
-    output_tokens: int = 0
     block_seconds: float = 0.0
     """KV blocks held, times the seconds for which they were."""
-    first_token_seconds: float = 0.0
-    """Sum over the requests of which a byte was answered, from their arrival at the router."""
-    first_token_counts: tuple[int, ...] = (0,) * (len(FIRST_TOKEN_BUCKETS_SECONDS) + 1)
-    """Requests per bucket of FIRST_TOKEN_BUCKETS_SECONDS, each counted once."""
+    pace: dict[str, Pace] = field(default_factory=dict)
+    """By class of length, "short" and "long"."""
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(pace.output_tokens for pace in self.pace.values())
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """The GPUs of one replica, all together."""
+
+    gpus: int
+    memory_bytes: int
+    memory_used_bytes: int
+    power_watts: float | None
+    energy_joules: float | None
+    """Since the replica's start. None where the GPU does not tell."""
 
 
 @dataclass(frozen=True)
@@ -52,3 +82,5 @@ class CapacityReport:
     tiers: dict[str, TierUsage] = field(default_factory=dict)
     node: str = ""
     """Where the replica runs; empty where unknown."""
+    gpu: GpuReading | None = None
+    """As last read; None where there is no NVML."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from replicas.headers import reservation_of
-from replicas.messages import FIRST_TOKEN_BUCKETS_SECONDS, TierUsage
+from replicas.messages import FIRST_TOKEN_BUCKETS_SECONDS, PER_TOKEN_BUCKETS_SECONDS, Pace, TierUsage
 
 # The engine tells a request's tokens with its next report: a request of which it tells nothing never got there.
 LATEST_COUNT_SECONDS = 1.0
@@ -18,12 +18,14 @@ LATEST_COUNT_SECONDS = 1.0
 @dataclass
 class _Account:
     tier: str
+    length_class: str
     arrived_at: float
     """At the router, on this replica's clock."""
     counted_to: float
     held_blocks: int = 0
     block_seconds: float = 0.0
     first_token_seconds: float | None = None
+    per_token_seconds: list[float] = field(default_factory=list)
     finished_at: float | None = None
     is_told: bool = False
     """A report from after its end has told its tokens."""
@@ -42,10 +44,10 @@ class Meter:
         self._accounts: dict[str, _Account] = {}
         self._tiers: dict[str, TierUsage] = {}
 
-    def begin(self, reservation: str, tier: str, waited_seconds: float) -> None:
+    def begin(self, reservation: str, tier: str, length_class: str, waited_seconds: float) -> None:
         """`waited_seconds`: what has passed since the request reached the router."""
         now = self._clock()
-        self._accounts[reservation] = _Account(tier, arrived_at=now - waited_seconds, counted_to=now)
+        self._accounts[reservation] = _Account(tier, length_class, arrived_at=now - waited_seconds, counted_to=now)
 
     def observe(self, held_blocks: Mapping[str, int], ended: Mapping[str, Sequence[int]]) -> None:
         """An engine report.
@@ -70,6 +72,12 @@ class Meter:
         account = self._accounts.get(reservation)
         if account is not None and account.first_token_seconds is None:
             account.first_token_seconds = self._clock() - account.arrived_at
+
+    def decoded(self, request: str, seconds_per_token: float) -> None:
+        """A sequence has ended that took so long for each output token after its first. `request`: vLLM's id."""
+        account = self._accounts.get(reservation_of(request) or "")
+        if account is not None:
+            account.per_token_seconds.append(seconds_per_token)
 
     def usage(self, reservation: str) -> tuple[str, float]:
         """The tier and the block-seconds so far of a request that has begun."""
@@ -98,16 +106,27 @@ class Meter:
 
 
 def _added(usage: TierUsage, account: _Account) -> TierUsage:
-    first = account.first_token_seconds
-    counts = list(usage.first_token_counts)
-    if first is not None:
-        counts[bisect_left(FIRST_TOKEN_BUCKETS_SECONDS, first)] += 1
+    pace = _measured(usage.pace.get(account.length_class, Pace()), account)
     return replace(
         usage,
         requests=usage.requests + 1,
         prompt_tokens=usage.prompt_tokens + sum(account.prompts.values()),
-        output_tokens=usage.output_tokens + account.output_tokens,
         block_seconds=usage.block_seconds + account.block_seconds,
-        first_token_seconds=usage.first_token_seconds + (first or 0.0),
-        first_token_counts=tuple(counts),
+        pace={**usage.pace, account.length_class: pace},
+    )
+
+
+def _measured(pace: Pace, account: _Account) -> Pace:
+    first = account.first_token_seconds
+    first_counts, per_token_counts = list(pace.first_token_counts), list(pace.per_token_counts)
+    if first is not None:
+        first_counts[bisect_left(FIRST_TOKEN_BUCKETS_SECONDS, first)] += 1
+    for seconds in account.per_token_seconds:
+        per_token_counts[bisect_left(PER_TOKEN_BUCKETS_SECONDS, seconds)] += 1
+    return Pace(
+        output_tokens=pace.output_tokens + account.output_tokens,
+        first_token_seconds=pace.first_token_seconds + (first or 0.0),
+        first_token_counts=tuple(first_counts),
+        per_token_seconds=pace.per_token_seconds + sum(account.per_token_seconds),
+        per_token_counts=tuple(per_token_counts),
     )

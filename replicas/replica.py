@@ -6,6 +6,7 @@ the fleet can name this class without loading it.
 
 import asyncio
 import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,20 @@ from starlette.types import ASGIApp
 from replicas.exposition import merged
 from replicas.fleet_page import fleet_page
 from replicas.gate import Gate, Page
+from replicas.gpu import GpuMeter
 from replicas.messages import CapacityReport, ReplicaLimits
+from replicas.ray_export import RayExport
 from replicas.reporter import Reporter
 from triattention.config import CompressionConfig
 
 if TYPE_CHECKING:
-    from replicas.engine import Engine, Listener
+    from replicas.engine import EndListener, Engine, Listener
 
 logger = logging.getLogger("ray.serve")
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 METRICS_TIMEOUT_SECONDS = 5.0
+GPU_READ_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,13 @@ class Replica:
         self._engine: Engine | None = None
         self._reporter: Reporter | None = None
         self._reports: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
+        """What may fail without harm to requests."""
 
-    async def _start_engine(self, listener: "Listener") -> "Engine":
+    async def _start_engine(self, listener: "Listener", on_end: "EndListener") -> "Engine":
         from replicas.engine import Engine
 
-        return await Engine.start(self._options.engine_arguments, self._options.compression, listener)
+        return await Engine.start(self._options.engine_arguments, self._options.compression, listener, on_end)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         options = self._options
@@ -67,10 +73,14 @@ class Replica:
             send=self._send,
             node=ray.get_runtime_context().get_node_id(),
         )
-        self._engine = await self._start_engine(reporter.observe)
+        self._engine = await self._start_engine(reporter.observe, reporter.decoded)
         self._reports = asyncio.create_task(reporter.run())
+        self._background = [asyncio.create_task(RayExport(self._engine.families, {"replica": reporter.replica}).run())]
+        if meter := GpuMeter.open(os.environ):
+            self._background.append(asyncio.create_task(_read_gpus(meter, reporter)))
         pages = {
             "/metrics": Page(PROMETHEUS, lambda: self._ask("metrics")),
+            # A page of its own: it waits for every engine's event loop, which the fleet's own metrics must not.
             "/metrics/engines": Page(PROMETHEUS, self._all_engines_metrics),
             "/fleet": Page("application/json", lambda: self._ask("status"), fleet_page),
         }
@@ -87,6 +97,8 @@ class Replica:
     async def __del__(self) -> None:
         if self._reports is not None:
             self._reports.cancel()
+        for task in self._background:
+            task.cancel()
         if self._engine is not None:
             self._engine.stop()
 
@@ -126,3 +138,10 @@ class Replica:
             name, namespace = self._options.coordinator
             self._coordinator = ray.get_actor(name, namespace=namespace)
         return self._coordinator
+
+
+async def _read_gpus(meter: GpuMeter, reporter: Reporter) -> None:
+    """Every second, off the event loop, until cancelled."""
+    while True:
+        reporter.gpu = await asyncio.to_thread(meter.read)
+        await asyncio.sleep(GPU_READ_SECONDS)

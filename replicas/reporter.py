@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from replicas.headers import reservation_of
-from replicas.messages import CapacityReport, ReplicaLimits
+from replicas.messages import CapacityReport, GpuReading, ReplicaLimits
 from replicas.meter import Meter
 from triattention.report import EngineReport
 
@@ -41,6 +41,8 @@ class Reporter:
         self._engine: dict[str, Any] | None = None
         self._meter = Meter(time.monotonic)
         self._held: dict[str, int] = {}
+        self.gpu: GpuReading | None = None
+        """Goes with every report; whoever reads the GPUs sets it."""
         self._active: set[str] = set()
         self._finished: dict[str, float] = {}
         """Reservation -> its block-seconds, until a report told it."""
@@ -55,15 +57,19 @@ class Reporter:
             self._changed.set()
         self._meter.observe(self._held, engine["ended"])
 
-    def begin(self, reservation: str, tier: str, waited_seconds: float) -> None:
+    def begin(self, reservation: str, tier: str, length_class: str, waited_seconds: float) -> None:
         """The request of this reservation is here: shown in every report, also while it holds no blocks yet."""
-        self._meter.begin(reservation, tier, waited_seconds)
+        self._meter.begin(reservation, tier, length_class, waited_seconds)
         self._active.add(reservation)
         self._changed.set()
 
     def answered(self, reservation: str) -> None:
         """The first byte of its answer is on its way."""
         self._meter.answered(reservation)
+
+    def decoded(self, request: str, seconds_per_token: float) -> None:
+        """Called by the engine's statistics tap when a sequence ends: its mean time per output token."""
+        self._meter.decoded(request, seconds_per_token)
 
     def usage(self, reservation: str) -> tuple[str, float]:
         """Its tier, and the KV block-seconds that it has taken so far."""
@@ -102,6 +108,7 @@ class Reporter:
             block_seconds=finished,
             tiers=self._meter.tiers(),
             node=self._node,
+            gpu=self.gpu,
         )
 
     async def _report(self) -> None:

@@ -169,7 +169,7 @@ function niceAbove(value) {
 
 function table(replicas) {
   const columns = {
-    "Replica": (r) => short(r.replica),
+    "Replica": (r) => r.replica,
     "State": (r) => (r.fresh ? "reports" : "silent"),
     "Blocks": (r) => r.engine.total_blocks,
     "Pinned prompt": (r) => blocksOf(r).pinned,
@@ -206,7 +206,6 @@ function cell(tag, text, scope) {
 // -- drawing: one replica ------------------------------------------------------------------------------------------
 
 const blocksPerSquare = (total) => Math.max(1, Math.ceil(total / MOST_SQUARES));
-const short = (name) => (name.length > 12 ? name.slice(0, 8) : name);
 
 class Card {
   constructor(replica) {
@@ -216,7 +215,7 @@ class Card {
       '<canvas class="pool" role="img"></canvas><p class="blocks"></p>' +
       '<svg class="strip" role="img" preserveAspectRatio="none"></svg><p class="pace"></p>';
     this.part = (selector) => this.element.querySelector(selector);
-    this.part(".name").textContent = `Replica ${short(replica.replica)}`;
+    this.part(".name").textContent = `Replica ${replica.replica}`;
     this.part(".name").title = replica.replica;
     this.events = []; // {at, compactions, freed}
     this.rings = 0;
@@ -353,7 +352,7 @@ function announce(sentence) {
 
 function announceSilence(silent) {
   const before = new Set((lastFleet ? lastFleet.replicas : []).filter((r) => !r.fresh).map((r) => r.replica));
-  const news = silent.filter((replica) => !before.has(replica.replica)).map((replica) => short(replica.replica));
+  const news = silent.filter((replica) => !before.has(replica.replica)).map((replica) => replica.replica);
   if (news.length) announce(`Replica ${news.join(", ")} does not report.`);
 }
 

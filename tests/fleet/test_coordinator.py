@@ -40,7 +40,7 @@ async def test_a_queued_request_gets_its_place_when_a_report_tells_of_the_end_be
     await asyncio.sleep(0.05)
     assert not waiting.done()
     await coordinator.report(report(2, free=10, finished=("a",)))
-    assert await waiting == Placement("b", "r1", "least_loaded_of_two")
+    assert await waiting == Placement("b", "r1", "least_loaded_of_two", "short")
 
 
 async def test_a_queued_request_is_refused_at_its_deadline_by_the_clock_alone() -> None:

@@ -43,7 +43,7 @@ class Book:
     def __init__(self) -> None:
         self.entries: list[str] = []
 
-    def begin(self, reservation: str, tier: str, waited_seconds: float) -> None:
+    def begin(self, reservation: str, tier: str, length_class: str, waited_seconds: float) -> None:
         self.entries.append(f"begin {reservation}")
 
     def answered(self, reservation: str) -> None:
@@ -245,7 +245,7 @@ async def test_a_request_that_waits_in_the_engine_is_shown_with_no_blocks_until_
     reports = reporter(line, heartbeat_seconds=0.1)
     running = asyncio.create_task(reports.run())
     reservation = new_reservation()
-    reports.begin(reservation, "gold", 0.0)
+    reports.begin(reservation, "gold", "short", 0.0)
     reports.observe(engine(free=10))
     await asyncio.sleep(0.03)
     assert line.reports[-1].held_blocks == {reservation: 0}
@@ -327,7 +327,7 @@ async def test_what_ended_while_the_coordinator_was_away_is_told_when_it_is_back
     running = asyncio.create_task(reports.run())
     reports.observe(engine(free=10))
     for reservation in ("rsv1", "rsv2"):
-        reports.begin(reservation, "gold", 0.0)
+        reports.begin(reservation, "gold", "short", 0.0)
     reports.finish("rsv1")
     await asyncio.sleep(0.2)
     line.cut = False

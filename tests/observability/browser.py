@@ -62,8 +62,8 @@ class Tab:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]["exception"].get("description")
         return answer["result"].get("value")
 
-    def wait_for(self, condition: str) -> None:
-        deadline = time.monotonic() + WAIT_SECONDS
+    def wait_for(self, condition: str, seconds: float = WAIT_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
         while not self.evaluate(condition):
             assert time.monotonic() < deadline, f"never came true: {condition}; console: {self.complaints}"
             time.sleep(0.05)

@@ -14,12 +14,12 @@ from itertools import count
 from typing import Any
 
 from deploy.admission import Admission
-from deploy.messages import Demand, Placement, TierUsage
-from deploy.metrics import render
+from deploy.exposition import render
+from deploy.messages import Demand, GpuReading, Pace, Placement, TierUsage
 from deploy.settings import CoordinatorSettings
 from deploy.snapshot import FleetSnapshot
 from deploy.tiers import Tier
-from replicas.messages import FIRST_TOKEN_BUCKETS_SECONDS
+from replicas.messages import FIRST_TOKEN_BUCKETS_SECONDS, PER_TOKEN_BUCKETS_SECONDS
 from tests.unit.reports import BLOCK, compression, report
 from triattention.report import COMPACTION_BUCKETS_SECONDS, FIRST_COMPACTION_BUCKETS_SECONDS
 
@@ -60,24 +60,32 @@ class FakeEngine:
     )
 
     tiers: dict[str, TierUsage] = field(default_factory=dict)
-    tier_of: dict[str, str] = field(default_factory=dict)
+    tier_of: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Reservation -> tier and class."""
 
-    def start(self, reservation: str, tier: str, ticks: int) -> None:
+    def start(self, reservation: str, length_class: str, tier: str, ticks: int) -> None:
         self.held[reservation] = self.uncompressed[reservation] = 1
         self.ticks_left[reservation] = ticks
-        self.tier_of[reservation] = tier
+        self.tier_of[reservation] = tier, length_class
 
     def meter(self, reservation: str) -> None:
-        tier = self.tier_of.pop(reservation)
+        tier, length_class = self.tier_of.pop(reservation)
         used = self.tiers.get(tier, TierUsage())
-        first, second, *rest = used.first_token_counts
+        pace = used.pace.get(length_class, Pace())
+        first, second, *rest = pace.first_token_counts
+        fast, slow, *slower = pace.per_token_counts
+        pace = Pace(
+            output_tokens=pace.output_tokens + BLOCK * self.uncompressed[reservation],
+            first_token_seconds=pace.first_token_seconds + FIRST_TOKEN_BUCKETS_SECONDS[1],
+            first_token_counts=(first, second + 1, *rest),
+            per_token_seconds=pace.per_token_seconds + PER_TOKEN_BUCKETS_SECONDS[1],
+            per_token_counts=(fast, slow + 1, *slower),
+        )
         self.tiers[tier] = TierUsage(
             requests=used.requests + 1,
             prompt_tokens=used.prompt_tokens + 20,
-            output_tokens=used.output_tokens + BLOCK * self.uncompressed[reservation],
             block_seconds=used.block_seconds + TICK_SECONDS * self.held[reservation],
-            first_token_seconds=used.first_token_seconds + FIRST_TOKEN_BUCKETS_SECONDS[1],
-            first_token_counts=(first, second + 1, *rest),
+            pace={**used.pace, length_class: pace},
         )
 
     def tick(self) -> tuple[str, ...]:
@@ -149,6 +157,7 @@ class FakeFleet:
                 finished=ended,
                 max_model_len=4096,
                 compression=compression(BUDGET),
+                gpu=GpuReading(1, 80 << 30, 70 << 30, 350.0, 350.0 * now),
                 **engine.counters,
             )
             decisions += self._admission.observe(replace(made, tiers=dict(engine.tiers)), now)
@@ -157,7 +166,8 @@ class FakeFleet:
         self._ticks_needed[demand.reservation] = (tier, demand.total_tokens // BLOCK - 1)
         for decision in [*decisions, self._admission.submit(demand, now)]:
             if isinstance(decision, Placement):
-                self._engines[decision.replica].start(decision.reservation, *self._ticks_needed[decision.reservation])
+                engine = self._engines[decision.replica]
+                engine.start(decision.reservation, decision.length_class, *self._ticks_needed[decision.reservation])
 
 
 @contextmanager

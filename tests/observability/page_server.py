@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.applications import Starlette
 
-from deploy.metrics import as_json
+from deploy.exposition import as_json
 from replicas.fleet_page import fleet_page
 from replicas.gate import Gate, Page
 from tests.observability.fake_fleet import MODEL, FakeFleet

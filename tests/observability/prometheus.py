@@ -51,8 +51,13 @@ class Prometheus:
 
 
 @contextmanager
-def running_prometheus(metrics_url: str, interval_seconds: int = 1) -> Iterator[Prometheus]:
-    """Scrapes the one address, evaluates our rules, and is gone with its data at the end."""
+def running_prometheus(
+    metrics_url: str, interval_seconds: int = 1, relabeling: list[dict[str, Any]] | None = None
+) -> Iterator[Prometheus]:
+    """Scrapes the one address, evaluates our rules, and is gone with its data at the end.
+
+    `relabeling`: Prometheus' metric_relabel_configs.
+    """
     address = urlsplit(metrics_url)
     binary = tool("prometheus", "prometheus")
     with tempfile.TemporaryDirectory(prefix="trifleet-prometheus-") as folder:
@@ -71,6 +76,7 @@ def running_prometheus(metrics_url: str, interval_seconds: int = 1) -> Iterator[
                             "job_name": "trifleet",
                             "scheme": address.scheme,
                             "metrics_path": address.path,
+                            "metric_relabel_configs": relabeling or [],
                             "static_configs": [{"targets": [address.netloc], "labels": {"cluster": "local"}}],
                         }
                     ],

@@ -14,7 +14,7 @@ from tests.observability.fake_fleet import MODEL, fake_fleet_server
 from tests.observability.queries import Asked, panel_queries
 
 VALUES = {
-    "$__rate_interval": "10s", "$__range": "12s", "$cluster": ".*", "$model": MODEL, "$replica": ".*",
+    "$__rate_interval": "10s", "$__range": "12s", "$cluster": ".*", "$model": MODEL, "$replica": ".*", "$tier": ".*",
 }  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def test_every_selector_follows_the_variables_that_its_labels_know(query):
         assert 'cluster=~"$cluster"' in matchers
         assert ('model="$model"' in matchers) == ("model" in known)
         assert ('replica=~"$replica"' in matchers) == ("replica" in known)
+        assert ('tier=~"$tier"' in matchers) == ("tier" in known)
 
 
 @every_dashboard
@@ -69,7 +70,7 @@ def test_it_imports_into_any_grafana(dashboard):
     assert (first["type"], first["name"], first["query"]) == ("datasource", "datasource", "prometheus")
     chosen = {"type": "prometheus", "uid": "${datasource}"}
     assert [(variable["name"], variable["datasource"]) for variable in others] == [
-        ("cluster", chosen), ("model", chosen), ("replica", chosen),
+        ("cluster", chosen), ("model", chosen), ("replica", chosen), ("tier", chosen),
     ]  # fmt: skip
     for panel in panels_of(dashboard):
         assert panel["datasource"] == chosen
@@ -78,8 +79,8 @@ def test_it_imports_into_any_grafana(dashboard):
 
 @every_dashboard
 def test_variables_start_at_all_but_for_the_model(dashboard):
-    cluster, model, replica = dashboard["templating"]["list"][1:]
-    for variable in (cluster, replica):
+    cluster, model, replica, tier = dashboard["templating"]["list"][1:]
+    for variable in (cluster, replica, tier):
         assert (variable["includeAll"], variable["allValue"], variable["current"]["value"]) == (True, ".*", ["$__all"])
     assert (model["includeAll"], model["multi"]) == (False, False)
 

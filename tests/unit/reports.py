@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from replicas.messages import CapacityReport, ReplicaLimits
+from replicas.messages import CapacityReport, GpuReading, ReplicaLimits
 from triattention.config import CompressionConfig
 from triattention.report import EngineReport
 
@@ -22,6 +22,7 @@ def report(
     max_model_len: int = 8192,
     compression: CompressionConfig | None = None,
     block_size: int = BLOCK,
+    gpu: GpuReading | None = None,
     **counters: Any,
 ) -> CapacityReport:
     held = held or {}
@@ -42,6 +43,7 @@ def report(
         ),
         held_blocks=held,
         finished=finished,
+        gpu=gpu,
     )
 
 

@@ -429,8 +429,8 @@ def test_long_and_short_requests_are_placed_by_their_own_policies():
     core = admission()
     core.observe(report("roomy", total=200, running=9), 0)
     core.observe(report("idle", total=100, running=0), 0)
-    assert core.submit(long_request("long"), 0) == Placement("long", "roomy", "most_headroom")
-    assert core.submit(short_request("short"), 0) == Placement("short", "idle", "least_loaded_of_two")
+    assert core.submit(long_request("long"), 0) == Placement("long", "roomy", "most_headroom", "long")
+    assert core.submit(short_request("short"), 0) == Placement("short", "idle", "least_loaded_of_two", "short")
 
 
 def test_the_watermark_stays_free():

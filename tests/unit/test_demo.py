@@ -17,9 +17,9 @@ from rich.console import Console
 
 from deploy.admission import Admission
 from deploy.demo import DemoError, result_json, run_demo, show, write_json
+from deploy.exposition import render
 from deploy.load import SHORTEST_LONG_OUTPUT, mixed_load
 from deploy.messages import Demand
-from deploy.metrics import render
 from deploy.settings import CoordinatorSettings
 from tests.unit.reports import report
 

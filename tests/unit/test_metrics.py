@@ -10,8 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy import metrics
 from deploy.admission import Admission
-from deploy.messages import Demand
-from deploy.metrics import METRICS, render
+from deploy.exposition import render
+from deploy.messages import Demand, GpuReading
+from deploy.metrics import METRICS
 from deploy.settings import CoordinatorSettings
 from tests.unit.reports import report
 
@@ -20,7 +21,8 @@ from tests.unit.reports import report
 def core():
     made = Admission(CoordinatorSettings(watermark_blocks=3), random.Random(0))
     counters = {"compactions": 7, "freed_blocks": 40, "evicted_tokens": 900, "preemptions": 2}
-    made.observe(report("a", held={"old": 10}, running=1, peak_blocks_per_request=12, **counters), 0)
+    gpu = GpuReading(2, 160 << 30, 140 << 30, power_watts=600.0, energy_joules=1234.5)
+    made.observe(report("a", held={"old": 10}, running=1, peak_blocks_per_request=12, gpu=gpu, **counters), 0)
     made.observe(report("b"), 0)
     made.submit(Demand("long", 100, 2000), 0)
     made.submit(Demand("never", 100, 99_999), 0)
@@ -71,13 +73,40 @@ def test_labels_are_those_declared_and_never_a_request(families):
     }  # fmt: skip
 
 
-def test_the_number_of_series_does_not_grow_with_the_number_of_requests(core):
-    before = exposition(core).count("\n")
-    for i in range(1000):
-        core.submit(Demand(f"request {i}", 100, 200), 1)
-        core.release(f"request {i}", 1)
-    assert exposition(core).count("\n") == before
-    assert "request 1" not in exposition(core)
+def test_ten_thousand_requests_make_no_new_series():
+    """Placed, queued, refused, finished, expired, on a replica that reports all along."""
+    core = Admission(CoordinatorSettings(queue_length=4), random.Random(0))
+    core.observe(report("b"), 0)
+
+    def series(text):
+        return {line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")}
+
+    before = series(exposition(core))
+    for i in range(10_000):
+        now, name = 1 + i / 100, f"request {i}"
+        core.submit(Demand(name, 100, (200, 3000, 99_999)[i % 3]), now)
+        core.observe(report("b", i + 2, held={name: 3} if i % 3 == 0 else {}, finished=(f"request {i - 6}",)), now)
+        core.tick(now)
+    text = exposition(core)
+    assert series(text) == before
+    assert "request" not in re.sub("(?m)^#.*|_request(s|_[a-z]+)?", "", text)
+    placed = sum(sum(reasons.values()) for reasons in core.snapshot(200).placements.values())
+    assert placed > 3000
+
+
+def test_gpus_are_shown_where_they_are_read_and_nowhere_else(families):
+    assert values(families, metrics.GPU_ENERGY_JOULES) == {(("model", "tiny"), ("replica", "a")): 1234.5}
+    assert values(families, metrics.GPU_POWER_WATTS) == {(("model", "tiny"), ("replica", "a")): 600}
+    assert of(families, metrics.GPU_MEMORY_USED_BYTES, replica="a") == 140 << 30
+    assert of(families, metrics.GPUS, replica="a") == 2
+
+
+def test_a_gpu_that_tells_no_power_has_no_series_of_it(core):
+    core.observe(report("b", 2, gpu=GpuReading(1, 80, 40, power_watts=None, energy_joules=None)), 1)
+    lines = [line for line in exposition(core).splitlines() if 'replica="b"' in line and "triattention_gpu" in line]
+    assert sorted(line.split("{")[0] for line in lines) == [
+        "triattention_gpu_memory_bytes", "triattention_gpu_memory_used_bytes", "triattention_gpus",
+    ]  # fmt: skip
 
 
 def test_engine_counters_are_those_of_the_report(families):

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
-from deploy.messages import TierUsage
+from deploy.messages import Pace, TierUsage
 from deploy.usage import UsageBook
 from tests.unit.reports import report
 
 
 def say(replica, requests, epoch="first"):
-    usage = TierUsage(requests=requests, block_seconds=requests / 2)
+    pace = {"long": Pace(first_token_seconds=requests * 2.0)}
+    usage = TierUsage(requests=requests, block_seconds=requests / 2, pace=pace)
     return replace(report(replica, epoch=epoch), tiers={"gold": usage})
 
 
@@ -18,6 +19,7 @@ def test_the_newest_totals_of_all_replicas_add_up():
         book.observe(made)
     assert book.totals()["gold"].requests == 12
     assert book.totals()["gold"].block_seconds == 6
+    assert book.totals()["gold"].pace["long"].first_token_seconds == 24
 
 
 def test_nothing_is_lost_when_an_engine_starts_anew_or_a_replica_goes():
