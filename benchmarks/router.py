@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 
 from deploy.coordinator import Coordinator
-from deploy.fleet import coordinator_options
+from deploy.app import coordinator_options
 from deploy.messages import Decision, Demand, Placement
 from deploy.settings import CoordinatorSettings
 from replicas.headers import new_reservation

@@ -1,11 +1,16 @@
-"""Assembles the Serve application from the settings: replicas behind the router."""
+"""Assembles the Serve application from the settings: replicas behind the router, the coordinator beside them."""
 
+import time
+from typing import Any
+
+import ray
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 
 from deploy.autoscaling import serve_config
-from deploy.coordinator import NAME, NAMESPACE
+from deploy.coordinator import NAME, NAMESPACE, Coordinator
 from deploy.requests import Served
 from deploy.router import Router, with_router
 from deploy.settings import FleetSettings
@@ -19,6 +24,7 @@ UNLIMITED = 100_000
 # A dead engine is replaced after three failed checks; Serve's default of 10 s makes that half a minute.
 HEALTH_CHECK_SECONDS = 2.0
 DRAIN_CHECK_SECONDS = 0.5
+START_ATTEMPTS, START_PAUSE_SECONDS = 50, 0.2
 
 # An engine on a CPU: one thread each, so that engines do not fight for the cores, and the worker inside the
 # engine's process (vLLM insists on a second process only to bind OMP threads).
@@ -28,6 +34,48 @@ _CPU_ENGINE = {
     "OMP_NUM_THREADS": "1",
 }
 _ENGINE = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def fleet(settings: FleetSettings) -> Application:
+    """The whole fleet in the Ray cluster that runs this: the application, with a coordinator that waits for it.
+
+    `trifleet up` calls it, and a Serve config file names it: `import_path: deploy.app:fleet`, with the settings as
+    `args`. Serve calls it once for each change of that file.
+    """
+    application = build(settings)
+    _start_coordinator(settings)
+    return application
+
+
+def coordinator_options() -> dict[str, Any]:
+    """Ray's options that decide how fast the coordinator is; `trifleet bench router` measures it with the same."""
+    return {"num_cpus": 0, "max_concurrency": 10_000}
+
+
+def _start_coordinator(settings: FleetSettings) -> None:
+    """Detached, so that it outlives whoever starts it, and on the head, which no scale-down takes away.
+
+    One that runs with other settings is replaced. As after a crash, the replicas' next reports rebuild the ledger.
+    """
+    arguments = (settings.coordinator, settings.served_model_name, settings.tiers, settings.replicas)
+    actor = ray.remote(Coordinator).options(
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        resources={HEAD_NODE_RESOURCE_NAME: 0.001},
+        max_restarts=-1,
+        **coordinator_options(),
+    )
+    for _ in range(START_ATTEMPTS):
+        coordinator = actor.remote(*arguments)
+        try:
+            if ray.get(coordinator.runs_with.remote(*arguments)):
+                return
+            ray.kill(coordinator)
+        except ray.exceptions.RayActorError:
+            time.sleep(START_PAUSE_SECONDS)  # killed, but its name is not free yet
+    raise RuntimeError(f"The coordinator did not start in {START_ATTEMPTS} attempts: look for its log in Ray's.")
 
 
 def build(settings: FleetSettings) -> Application:

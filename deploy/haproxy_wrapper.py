@@ -3,7 +3,8 @@
 Needs nothing but the standard library, because it is started without the environment. What it changes:
 
 - HAProxy ends with its parent. Otherwise it would outlive a killed one and keep the port.
-- Its statistics and metrics pages go to the loopback; Ray binds them to every interface.
+- Its statistics page goes to the loopback, and its metrics where nothing shall scrape them from outside; Ray binds
+  both to every interface.
 - A replica that fails before the first byte of its answer is replaced by another one, once: HAProxy sends the request
   back to itself through a socket, marked, and so asks the router again. Ray's own retry would take any replica,
   without asking whether it has room, under the reservation of the one that failed.
@@ -42,10 +43,12 @@ _PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .
 _UNREACHABLE = "{ var(txn.ingress_request_router_failed) -m str router_unreachable }"
 
 
-def adjusted(config: str, stats_port: int, metrics_port: int, socket: str, error_file: str) -> str:
+def adjusted(config: str, loopback: list[int], socket: str, error_file: str) -> str:
     """The configuration with all changes made. Raises ValueError where Ray's template is not as expected."""
-    for public in (f"bind *:{stats_port}", f"bind :{metrics_port}"):
-        config = _replaced(config, public, "bind 127.0.0.1:" + public.split(":")[1])
+    for port in loopback:
+        config, times = re.subn(rf"bind \*?:{port}\b", f"bind 127.0.0.1:{port}", config)
+        if times != 1:
+            raise ValueError(f"HAProxy's configuration binds port {port} {times} times: this Ray is not the pinned one")
     config = re.sub(r"errorfile (\d+) .*", rf"errorfile \1 {error_file}", config)
     frontend = re.search(r"^frontend http_frontend\n *bind .*\n", config, re.MULTILINE)
     if frontend is None:
@@ -73,12 +76,12 @@ def _replaced(text: str, old: str, new: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """`STATS_PORT METRICS_PORT SOCKET ERROR_FILE BINARY` and then HAProxy's own arguments."""
-    stats, metrics, socket, error_file, binary, *own = arguments
+    """`LOOPBACK_PORTS SOCKET ERROR_FILE BINARY`, ports with commas, and then HAProxy's own arguments."""
+    ports, socket, error_file, binary, *own = arguments
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     path = own[own.index("-f") + 1]
     with open(path) as file:
-        config = adjusted(file.read(), int(stats), int(metrics), socket, error_file)
+        config = adjusted(file.read(), [int(port) for port in ports.split(",")], socket, error_file)
     with open(path, "w") as file:
         file.write(config)
     os.execv(binary, [binary, *own])

@@ -70,13 +70,14 @@ def test_our_request_router_overrides_what_serve_calls() -> None:
 
 def test_every_variable_that_we_set_is_one_that_serve_reads(tmp_path: Path) -> None:
     source = inspect.getsource(constants)
-    variables = deploy.haproxy.environment(FleetSettings(served_model_name="m"), tmp_path)
+    settings = FleetSettings(served_model_name="m")
+    variables = {**deploy.haproxy.environment(settings), **deploy.haproxy.private(tmp_path)}
     assert [name for name in variables if name not in source] == []
 
 
-def test_the_router_may_answer_later_than_the_queue_decides(tmp_path: Path) -> None:
+def test_the_router_may_answer_later_than_the_queue_decides() -> None:
     settings = FleetSettings(served_model_name="m")
-    variables = deploy.haproxy.environment(settings, tmp_path)
+    variables = deploy.haproxy.environment(settings)
     patience = float(variables["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"])
     assert patience > settings.coordinator.queue_deadline_seconds + deploy.router.COORDINATOR_GRACE_SECONDS
 

@@ -1,0 +1,111 @@
+"""What the manifests in `k8s/` take from elsewhere: the settings of `deploy/configs`, the rules of `dashboards`.
+
+Owns the text of `serveConfigV2`, which Ray Serve deploys, and of the environment that every Ray process of the
+fleet must have before it starts. `trifleet k8s render` writes both; the manifests only refer to them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy import haproxy
+from deploy.fleet import RAY
+from deploy.settings import FleetSettings, load_settings
+
+APP, BUILDER = "trifleet", "deploy.app:fleet"
+NAME = "trifleet"
+# Where the image has the wrapper that Ray starts as HAProxy (Dockerfile).
+WRAPPER = "/opt/trifleet/haproxy/haproxy"
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+OVERLAYS = {
+    "cpu-demo": "local.yaml",
+    "gpu": "gpu.yaml",
+    "gpu-tensor-parallel": "gpu-tensor-parallel.yaml",
+    "production": "production.yaml",
+}
+"""Overlay of `k8s/overlays` -> its settings file in `deploy/configs`."""
+
+_GENERATED = "# Generated from {source} by `trifleet k8s render`: change that, not this.\n"
+
+
+def serve_config(file: Path) -> str:
+    """The Serve config of a settings file, for `serve deploy` or a RayService. Raises `SettingsError`.
+
+    `http.host` stays behind: in a pod HAProxy listens on every interface.
+    """
+    settings = load_settings(file)
+    config = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": settings.http.port},
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {"name": APP, "route_prefix": "/", "import_path": BUILDER, "args": yaml.safe_load(file.read_text())}
+        ],
+    }
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def environment(settings: FleetSettings) -> dict[str, str]:
+    """Variables of every pod of the Ray cluster: as `trifleet up` sets them, but for ports and files of its own."""
+    return {**RAY, **haproxy.environment(settings), "RAY_SERVE_HAPROXY_BINARY_PATH": WRAPPER}
+
+
+def write_generated(settings_file: Path, folder: Path) -> list[Path]:
+    """An overlay's `generated/`: a patch of the RayService, and the environment for its ConfigMap."""
+    source = _GENERATED.format(source=f"{settings_file.parent.name}/{settings_file.name}")
+    patch = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": NAME},
+        "spec": {"serveConfigV2": _Text(serve_config(settings_file))},
+    }
+    variables = environment(load_settings(settings_file))
+    folder.mkdir(parents=True, exist_ok=True)
+    serve, env = folder / "serve.yaml", folder / "environment.env"
+    serve.write_text(source + yaml.dump(patch, Dumper=_Dumper, sort_keys=False))
+    env.write_text(source + "".join(f"{name}={value}\n" for name, value in variables.items()))
+    return [serve, env]
+
+
+def write_rules(rules: Path, file: Path) -> Path:
+    """The PrometheusRule with the groups of a Prometheus rules file."""
+    manifest = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": NAME},
+        "spec": yaml.safe_load(rules.read_text()),
+    }
+    text = yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=120)
+    file.write_text(_GENERATED.format(source=f"dashboards/rules/{rules.name}") + text)
+    return file
+
+
+def write_all(root: Path, rules: Path) -> list[Path]:
+    """Everything that is generated below `root`, the folder `k8s` of a checkout."""
+    files = []
+    for overlay, settings in OVERLAYS.items():
+        files += write_generated(CONFIGS / settings, root / "overlays" / overlay / "generated")
+    return [*files, write_rules(rules, root / "monitoring" / "operator" / "rules.yaml")]
+
+
+class _Text(str):
+    """A string that is written as a block, line by line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+def _block(dumper: yaml.SafeDumper, text: str) -> Any:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
+
+
+def _string(dumper: yaml.SafeDumper, text: str) -> Any:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(_Text, _block)
+_Dumper.add_representer(str, _string)
