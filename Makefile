@@ -1,6 +1,7 @@
 # Every command a person needs. `make demo` and `make test` do all set-up themselves.
 PYTHON ?= python3
 PIP_ARGS ?=
+REQUIREMENTS ?= requirements/cpu.txt
 VENV := .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
@@ -9,11 +10,11 @@ export OMP_NUM_THREADS ?= 1
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: requirements/cpu.txt pyproject.toml
+$(VENV)/.installed: $(REQUIREMENTS) pyproject.toml
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing $$(wc -l < requirements/cpu.txt) pinned packages into $(VENV) (about two minutes) ..."
-	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) -r requirements/cpu.txt || { \
-	  echo "make setup: pip could not install requirements/cpu.txt; if it found no torch==2.13.0+cpu, your package index carries no CPU build of PyTorch: name one that does, with make setup PIP_ARGS='--extra-index-url URL'." >&2; exit 1; }
+	@echo "Installing $$(grep -c == $(REQUIREMENTS)) pinned packages into $(VENV) (about two minutes) ..."
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) -r $(REQUIREMENTS) || { \
+	  echo "make setup: pip could not install $(REQUIREMENTS); if it found no torch==2.13.0+cpu, your package index carries no CPU build of PyTorch: name one that does, with make setup PIP_ARGS='--extra-index-url URL'." >&2; exit 1; }
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -29,6 +29,8 @@ CONNECTIONS = 1024
 ROUTER_GRACE_SECONDS = 10
 
 OWN_PORTS = range(20_000, 32_000)
+# A pod has its ports for itself; these are Ray's own defaults.
+POD_STATS_PORT, POD_METRICS_PORT = 8404, 9101
 
 # What still streams from before a replica came or went may go on for so long, or for as long as replicas drain.
 LONGEST_STREAM_SECONDS = 3600
@@ -131,3 +133,10 @@ def free_ports(count: int) -> list[int]:
         if len(found) == count:
             return found
     raise OSError(f"fewer than {count} ports are free between {OWN_PORTS.start} and {OWN_PORTS.stop}")
+
+
+if __name__ == "__main__":
+    # While the image is built: `python -m deploy.haproxy FOLDER` (Dockerfile). In a pod Prometheus scrapes the metrics.
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    print(write_wrapper(target, Path("/tmp/again.sock"), [POD_STATS_PORT]))

@@ -23,7 +23,7 @@ from deploy.settings import FleetSettings, load_settings, parse_settings
 from tests.k8s import conftest
 from tests.k8s.conftest import CRDS, ROOT, rendered
 
-FOLDERS = [*(f"overlays/{name}" for name in conftest.OVERLAYS), "monitoring/operator", "monitoring/plain"]
+FOLDERS = [*(f"overlays/{name}" for name in conftest.OVERLAYS), "monitoring/operator", "monitoring/plain", "models"]
 
 
 def manifests(folder: str) -> list[dict[str, Any]]:
