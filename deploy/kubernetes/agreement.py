@@ -19,8 +19,10 @@ from deploy.settings import FleetSettings, SettingsError, parse_settings
 CONFIG: Path = ("spec", "serveConfigV2")
 GPU = "nvidia.com/gpu"
 RAY = "2.60.0"
-# Beyond the replicas' own drain: Serve notices, HAProxy starts anew, Ray stops.
-DRAIN_MARGIN_SECONDS = 30
+# Beyond `drain_seconds`: Serve notices, and lets every replica drain for half a minute at least.
+DRAIN_MARGIN_SECONDS = 60
+# Between the end of the preStop hook and the pod's: Ray stops.
+STOP_MARGIN_SECONDS = 30
 
 
 def disagreements(document: Document, documents: list[Document], pods: list[Pod]) -> Iterator[Problem]:
@@ -160,8 +162,14 @@ def _sizes(
                 "set enableInTreeAutoscaling, or make both equal.",
             )
         limits = document.at((*path, "template", "spec", "containers", 0, "resources", "limits")) or {}
+        # What Ray counts as its own: a parameter, else the container's limit.
+        parameters = document.at((*path, "rayStartParams")) or {}
+        has = {
+            "cpu": parameters.get("num-cpus", limits.get("cpu", 0)),
+            GPU: parameters.get("num-gpus", limits.get(GPU, 0)),
+        }
         fits = [
-            int((quantity(limits.get(name, 0)) or 0) / wanted)
+            int((quantity(has[name]) or 0) / wanted)
             for name, wanted in (("cpu", settings.cpus_per_replica), (GPU, settings.gpus_per_replica))
             if wanted
         ]
@@ -201,11 +209,11 @@ def _drain(document: Document, settings: FleetSettings, pods: list[Pod]) -> Iter
                 f"{DRAIN_MARGIN_SECONDS} s more than that."
             )  # fmt: skip
         grace = pod.spec.get("terminationGracePeriodSeconds", 30)
-        if grace < waits + DRAIN_MARGIN_SECONDS:
+        if grace < waits + STOP_MARGIN_SECONDS:
             yield document.problem(
                 (*pod.path, "spec", "terminationGracePeriodSeconds"),
                 f"terminationGracePeriodSeconds of {pod.title} is {grace}, and its preStop hook may take {waits:g} s: "
-                f"set {waits + DRAIN_MARGIN_SECONDS:g} or more.",
+                f"set {waits + STOP_MARGIN_SECONDS:g} or more.",
             )
 
 

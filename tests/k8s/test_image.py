@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import PurePosixPath
 
 import pytest
@@ -14,6 +15,7 @@ from tests.k8s.tools import tool
 
 TEXT = (ROOT / "Dockerfile").read_text()
 TARGETS = ("cpu", "gpu")
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def stages() -> dict[str, tuple[str, str]]:
@@ -62,7 +64,7 @@ def test_the_image_runs_as_the_user_of_the_manifests(target: str) -> None:
     assert users == [("1000", "1000")]
     found = pods(read_documents(rendered(f"overlays/{'cpu-demo' if target == 'cpu' else 'gpu'}"))[0])
     assert {pod.spec["securityContext"]["runAsUser"] for pod in found} == {1000}
-    assert {container["image"] for pod in found for _, container in pod.containers} == {f"trifleet:0.1.0-{target}"}
+    assert {container["image"] for pod in found for _, container in pod.containers} == {f"trifleet:{VERSION}-{target}"}
 
 
 def test_what_the_manifests_rely_on_is_in_the_image() -> None:

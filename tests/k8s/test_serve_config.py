@@ -25,6 +25,8 @@ import yaml
 
 from deploy import haproxy
 from deploy.fleet import MARK, answers, fleet_processes
+from deploy.kubernetes.documents import read_documents
+from deploy.kubernetes.workloads import pods
 from tests.k8s.conftest import rendered
 
 START_SECONDS = 240
@@ -42,6 +44,7 @@ def manifests(kind: str) -> list[dict[str, Any]]:
 class Cluster:
     address: str
     dashboard: str
+    agent: str
     url: str
     environment: dict[str, str]
 
@@ -121,6 +124,19 @@ def test_requests_are_placed_by_the_coordinator_of_the_config(cluster: Cluster) 
     fleet = httpx.get(f"{cluster.url}/fleet").json()
     assert fleet["admissions"] >= 1
     assert sum(reasons.get("without_coordinator", 0) for reasons in fleet["placements"].values()) == 0
+
+
+def test_the_probes_of_the_pods_are_answered_without_the_token(cluster: Cluster) -> None:
+    ports = {52365: cluster.agent, "dashboard": cluster.dashboard, "serve": cluster.url}
+    probes = [
+        container[kind]["httpGet"]
+        for pod in pods(read_documents(rendered("overlays/cpu-demo"))[0])
+        for _, container in pod.containers
+        for kind in ("startupProbe", "livenessProbe", "readinessProbe")
+    ]
+    assert len(probes) == 6
+    for probe in probes:
+        assert httpx.get(ports[probe["port"]] + probe["path"], timeout=10).status_code == 200, probe
 
 
 def test_a_changed_config_replaces_the_coordinator_and_the_same_one_does_not(cluster: Cluster) -> None:

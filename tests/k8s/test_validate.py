@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from deploy.cli import app
 from deploy.kubernetes.documents import Problem, read_documents
-from deploy.kubernetes.schemas import read_definition, with_defaults
+from deploy.kubernetes.schemas import vendored, with_defaults
 from deploy.kubernetes.validate import validate
 from deploy.kubernetes.workloads import quantity, selects
-from tests.k8s.conftest import CRDS, ROOT, rendered
+from tests.k8s.conftest import ROOT, rendered
 from tests.k8s.tools import tool
 
 TRIFLEET = str(Path(sys.executable).parent / "trifleet")
@@ -116,7 +116,7 @@ MISTAKES = {
         "production", "topologySpreadConstraints:", "component: engines", "component: head", "its own labels",
         at="labelSelector:",
     ),
-    "missing limit": Mistake("cpu-demo", WORKERS, 'cpu: "1"', "nvidia.com/gpu: 1", "has no cpu limit", at="resources:"),
+    "missing limit": Mistake("cpu-demo", WORKERS, 'cpu: "2"', "nvidia.com/gpu: 1", "has no cpu limit", at="resources:"),
     "request above limit": Mistake(
         "cpu-demo", "requests:", "memory: 4Gi", "memory: 5Gi", "above its limit of 4Gi"
     ),
@@ -242,7 +242,7 @@ spec:
 
 def test_defaults_come_before_validation() -> None:
     """RayService requires a worker group's minReplicas and maxReplicas, and defaults them."""
-    schema = read_definition((CRDS / "ray.io_rayservices.yaml").read_text())["ray.io/v1", "RayService"]
+    schema = vendored()["ray.io/v1", "RayService"]
     group = {"spec": {"rayClusterConfig": {"workerGroupSpecs": [{"groupName": "a"}]}}}
     filled = with_defaults(group, schema)["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
     assert (filled["minReplicas"], filled["groupName"]) == (0, "a")
