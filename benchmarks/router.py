@@ -15,8 +15,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from deploy.coordinator import Coordinator
 from deploy.app import coordinator_options
+from deploy.coordinator import Coordinator
 from deploy.messages import Decision, Demand, Placement
 from deploy.settings import CoordinatorSettings
 from replicas.headers import new_reservation

@@ -160,9 +160,6 @@ class FleetSettings(_Settings):
     replicas: int = Field(default=1, ge=1)
     cpus_per_replica: float = Field(default=1.0, ge=0)
     gpus_per_replica: float = Field(default=0.0, ge=0)
-    drain_seconds: float = Field(
-        default=5.0, ge=0, description="a replica that stops lets its requests run on for so long, then cuts them"
-    )
     engine: EngineSettings = EngineSettings()
     compression: CompressionConfig | None = Field(default=None, description="null: plain vLLM, still reported")
     coordinator: CoordinatorSettings = CoordinatorSettings()

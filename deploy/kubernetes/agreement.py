@@ -174,10 +174,11 @@ def _sizes(
             if wanted
         ]
         room += maximum * min(fits, default=1)
-    if room < settings.replicas:
+    if room < settings.most_replicas:
+        name = ("autoscaling", "max_replicas") if settings.autoscaling else ("replicas",)
         yield Problem(
-            config.line((*args, "replicas")),
-            f"{document.title}: {settings.replicas} replicas of {settings.cpus_per_replica:g} CPUs and "
+            config.line((*args, *name)),
+            f"{document.title}: {settings.most_replicas} replicas of {settings.cpus_per_replica:g} CPUs and "
             f"{settings.gpus_per_replica:g} GPUs do not fit the worker pods, which hold {room}: raise maxReplicas or "
             "the limits.",
         )

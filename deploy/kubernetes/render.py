@@ -49,7 +49,13 @@ def serve_config(file: Path) -> str:
 
 def environment(settings: FleetSettings) -> dict[str, str]:
     """Variables of every pod of the Ray cluster: as `trifleet up` sets them, but for ports and files of its own."""
-    return {**RAY, **haproxy.environment(settings), "RAY_SERVE_HAPROXY_BINARY_PATH": WRAPPER}
+    return {
+        **RAY,
+        **haproxy.environment(settings),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": WRAPPER,
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(haproxy.POD_STATS_PORT),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(haproxy.POD_METRICS_PORT),
+    }
 
 
 def write_generated(settings_file: Path, folder: Path) -> list[Path]:

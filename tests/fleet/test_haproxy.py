@@ -123,7 +123,8 @@ async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup
         ports = {name: (await serve(replica)).sockets[0].getsockname()[1] for name, replica in replicas.items()}
         router_server = await serve(router)
         router_port = router_server.sockets[0].getsockname()[1]
-        variables = {**os.environ, **deploy.haproxy.environment(FleetSettings(served_model_name="m"), folder)}
+        settings = FleetSettings(served_model_name="m")
+        variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder)}
         arguments = json.dumps([port, router_port, {**ports, "gone": closed}])
         writer = await asyncio.create_subprocess_exec(
             sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE

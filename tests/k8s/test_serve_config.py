@@ -68,7 +68,7 @@ def cluster() -> Iterator[Cluster]:
         folder = Path(name)
         private = haproxy.private(folder)
         pages = [int(private[f"RAY_SERVE_HAPROXY_{page}_PORT"]) for page in ("STATS", "METRICS")]
-        haproxy.write_wrapper(folder, [*pages, port])
+        haproxy.write_wrapper(folder, folder / "again.sock", [*pages, port])
         environment = {**os.environ, **variables, **private, **TOKEN, MARK: name}
         file = folder / "serve.yaml"
         file.write_text(config)
@@ -80,12 +80,13 @@ def cluster() -> Iterator[Cluster]:
         ]  # fmt: skip
         with (folder / "ray.log").open("wb") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        running = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{port}", environment)
+        urls = [f"http://127.0.0.1:{number}" for number in (dashboard, agent, port)]
+        running = Cluster(f"127.0.0.1:{gcs}", *urls, environment)
         try:
-            await_(lambda: healthy(running), "Ray's dashboard", folder / "ray.log")
+            await_(lambda: applications(running) is not None, "Ray's dashboard", folder / "ray.log")
             deployed = running.run(str(BIN / "serve"), "deploy", "-a", running.dashboard, str(file))
             assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-            await_(lambda: answers(running.url, replicas=2), "the fleet", folder / "ray.log")
+            await_(lambda: is_up(running), "the fleet", folder / "ray.log")
             yield running
         finally:
             process.send_signal(signal.SIGTERM)
@@ -97,11 +98,18 @@ def cluster() -> Iterator[Cluster]:
             process.wait(20)
 
 
-def healthy(cluster: Cluster) -> bool:
+def applications(cluster: Cluster) -> dict[str, Any] | None:
+    """What KubeRay asks the dashboard: the status of every application; None while there is no answer."""
     token = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{cluster.dashboard}/api/serve/applications/", headers=token, timeout=5).status_code == 200
-    return False
+        answer = httpx.get(f"{cluster.dashboard}/api/serve/applications/", headers=token, timeout=5)
+        if answer.status_code == 200:
+            return {name: one["status"] for name, one in answer.json()["applications"].items()}
+    return None
+
+
+def is_up(cluster: Cluster) -> bool:
+    return applications(cluster) == {"trifleet": "RUNNING"} and answers(cluster.url, replicas=2)
 
 
 def await_(condition: Any, what: str, log: Path) -> None:
