@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks.cli import app as bench_app
+from benchmarks.quality.cli import evaluate
 from dashboards.cli import app as dashboards_app
 from deploy.calibrate_cli import calibrate
 from deploy.doctor_cli import doctor
@@ -33,6 +34,7 @@ app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(bench_app, name="bench")
 app.add_typer(k8s_app, name="k8s")
 app.command()(plan)
+app.command()(evaluate)
 app.command()(calibrate)
 app.command()(doctor)
 console = Console()

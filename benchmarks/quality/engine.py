@@ -1,0 +1,118 @@
+"""One engine in this process answers all problems under one policy and budget. Owns the counts of blocks and time."""
+
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.problems import TOKENS_BEYOND_REPLY, Problem
+from triattention.config import CompressionConfig
+from triattention.vllm import engine_arguments
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one problem."""
+
+    problem: Problem
+    correct: bool
+    tokens: int
+    peak_blocks: int
+    """Most KV blocks that the request held after any step."""
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """One engine's answers to all problems."""
+
+    replies: list[Reply]
+    freed_blocks: int
+    preemptions: int
+    tokens_per_second: float
+    bytes_per_block: int
+    seconds: float
+
+
+def run(
+    model: Path,
+    compression: CompressionConfig | None,
+    problems: list[Problem],
+    sequences: int,
+    kv_cache_bytes: int,
+    on_done: Callable[[bool], None] = lambda correct: None,
+) -> EngineRun:
+    """Answers every problem greedily, at most `sequences` at once; `on_done` hears of each.
+
+    Without `compression` the engine is plain vLLM with reports. Needs VLLM_ENABLE_V1_MULTIPROCESSING=0, so that the
+    blocks which a request holds can be read between two steps.
+    """
+    from vllm import LLM, SamplingParams
+
+    arguments: dict[str, Any] = engine_arguments(compression)
+    llm = LLM(
+        str(model),
+        max_num_seqs=sequences,
+        kv_cache_memory_bytes=kv_cache_bytes,
+        enforce_eager=True,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **arguments,
+    )
+    try:
+        tokenizer = llm.get_tokenizer()
+        engine = llm.llm_engine
+        scheduler = engine.engine_core.engine_core.scheduler
+        limits = [
+            problem.max_tokens or len(tokenizer.encode(problem.reply)) + TOKENS_BEYOND_REPLY for problem in problems
+        ]
+        waiting: dict[str, Problem] = {}
+        for number, problem in enumerate(problems):
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": problem.prompt}], add_generation_prompt=True, tokenize=False
+            )
+            ids = tokenizer.encode(prompt, add_special_tokens=False)
+            if len(ids) + limits[number] > llm.model_config.max_model_len:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens and {limits[number]} tokens of reply exceed the model's "
+                    f"{llm.model_config.max_model_len}: shorten the prompt or lower --max-tokens"
+                )
+            params = SamplingParams(temperature=0, max_tokens=limits[number])
+            engine.add_request(str(number), {"prompt_token_ids": ids}, params)
+            waiting[str(number)] = problem
+        peaks: defaultdict[str, int] = defaultdict(int)
+        replies: dict[int, Reply] = {}
+        began = time.monotonic()
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            for request, blocks in scheduler.held_blocks().items():
+                peaks[request] = max(peaks[request], blocks)
+            for output in outputs:
+                if output.finished:
+                    problem, answer = waiting.pop(output.request_id), output.outputs[0]
+                    correct = problem.is_correct(answer.text)
+                    peak = max(blocks for request, blocks in peaks.items() if _is(request, output.request_id))
+                    replies[int(output.request_id)] = Reply(problem, correct, len(answer.token_ids), peak)
+                    on_done(correct)
+        seconds = time.monotonic() - began
+        managers = scheduler.compacted
+        return EngineRun(
+            replies=[replies[number] for number in range(len(problems))],
+            freed_blocks=sum(manager.freed_blocks for manager in managers),
+            preemptions=scheduler.preemptions,
+            tokens_per_second=sum(reply.tokens for reply in replies.values()) / seconds,
+            bytes_per_block=sum(tensor.size for tensor in scheduler.kv_cache_config.kv_cache_tensors)
+            // scheduler.kv_cache_config.num_blocks,
+            seconds=seconds,
+        )
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def _is(internal: str, request: str) -> bool:
+    """vLLM's scheduler knows a request by its id and a random suffix."""
+    return internal == request or internal.startswith(f"{request}-")

@@ -1,0 +1,84 @@
+"""What is asked of a model, and whether a reply is right: held-out tasks, or a user's file of prompts and answers."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from bundled.reasoner import tasks
+from bundled.tasks import held_out_walk
+
+TOKENS_BEYOND_REPLY = 64
+"""What a reply may take beyond the right one before it is cut off."""
+
+
+WALK = "walk"
+"""The task of the bundled model; the others are those of `bundled.reasoner`."""
+TASKS = (WALK, *tasks.TASKS)
+
+
+class ProblemError(ValueError):
+    """The problems cannot be read; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One request of a task. Its prompt is a user's message."""
+
+    task: str
+    prompt: str
+    max_tokens: int | None
+    """None: as many as the right reply has in the model's own tokens, and TOKENS_BEYOND_REPLY more."""
+    is_correct: Callable[[str], bool]
+    reply: str = ""
+    """The right reply, where it is known."""
+
+
+def held_out(task: str, count: int, low: int, high: int) -> list[Problem]:
+    """The first `count` held-out instances of a task with replies of about `low` to `high` tokens."""
+    return [_problem(task, seed, low, high) for seed in range(count)]
+
+
+def _problem(task: str, seed: int, low: int, high: int) -> Problem:
+    if task == WALK:
+        walk = held_out_walk(seed, Random(f"length {seed}").randint(low, high))
+        return Problem(task, walk.prompt, None, walk.is_correct, walk.reply)
+    instance = tasks.held_out(task, seed, low, high)
+    return Problem(task, instance.prompt, None, instance.is_correct, instance.reply)
+
+
+def from_file(path: Path, max_tokens: int) -> list[Problem]:
+    """A JSONL file, one `{"prompt": ..., "answer": ...}` a line, as a task of the file's name.
+
+    Raises ProblemError, with the line's number, for a line that is something else, and for an empty file.
+    """
+    problems = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            prompt, answer = values["prompt"], values["answer"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            prompt = answer = None
+        if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.strip():
+            raise ProblemError(
+                f'{path} line {number} is no problem: write {{"prompt": "...", "answer": "..."}} with text in both'
+            )
+        problems.append(Problem(path.stem, prompt, max_tokens, _states(answer)))
+    if not problems:
+        raise ProblemError(f'{path} has no problems: write one {{"prompt": "...", "answer": "..."}} a line')
+    return problems
+
+
+def _states(answer: str) -> Callable[[str], bool]:
+    """Whether the last line of a reply that holds anything has the answer in it as words of their own."""
+    pattern = re.compile(r"(?<![\w.])" + r"\s+".join(map(re.escape, answer.split())) + r"(?![\w]|\.\d)")
+
+    def states(reply: str) -> bool:
+        lines = reply.strip().splitlines()
+        return bool(lines) and pattern.search(lines[-1]) is not None
+
+    return states

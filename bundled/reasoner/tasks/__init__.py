@@ -1,0 +1,31 @@
+"""What the bundled model can do: three tasks with long step-by-step replies, and a few chat lines.
+
+Owns their text, the seeds that keep held-out instances apart from training, and the check of an answer; knows no
+tokenizer and no model. Every word of a task is one token of the bundled tokenizer, and so is the end of a line.
+"""
+
+from bundled.reasoner.tasks.chat import CAPABILITY, chat_line, system_line
+from bundled.reasoner.tasks.held_out import LONGEST, TASKS, held_out, reply_tokens
+from bundled.reasoner.tasks.instance import Instance
+from bundled.reasoner.tasks.program import LONGEST_PROGRAM, MOST_HOPS, MOST_NAMES, TOKENS_PER_LINE, needle, registers
+from bundled.reasoner.tasks.search import FAMILIES, LARGEST_GRAPH, search
+
+__all__ = [
+    "CAPABILITY",
+    "FAMILIES",
+    "LARGEST_GRAPH",
+    "LONGEST",
+    "LONGEST_PROGRAM",
+    "MOST_HOPS",
+    "MOST_NAMES",
+    "TASKS",
+    "TOKENS_PER_LINE",
+    "Instance",
+    "chat_line",
+    "held_out",
+    "needle",
+    "registers",
+    "reply_tokens",
+    "search",
+    "system_line",
+]

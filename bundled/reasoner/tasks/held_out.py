@@ -1,0 +1,51 @@
+"""Instances that were never trained on: task names, and what a seed gives."""
+
+from random import Random
+
+from bundled.reasoner.tasks.instance import Instance
+from bundled.reasoner.tasks.program import LONGEST_PROGRAM, MOST_NAMES, TOKENS_PER_LINE, needle, registers
+from bundled.reasoner.tasks.search import FAMILIES, LARGEST_GRAPH, search
+
+TASKS = ("search", "registers", "needle")
+LONGEST = 4_000
+"""Tokens of the longest reply that `held_out` makes."""
+
+
+def reply_tokens(instance: Instance) -> int:
+    """Tokens of a task's reply, the end of turn included."""
+    return len(instance.reply.split()) + instance.reply.count("\n") + 1
+
+
+def held_out(task: str, seed: int, low: int, high: int) -> Instance:
+    """Instance number `seed` of a task, with a reply of `low` to `high` tokens.
+
+    A search of the largest trees takes about 800 tokens, of the largest small-world graphs 1,100 and of random ones
+    2,400: the family is one that can come that far, and by turns where several can.
+    """
+    assert low <= high <= LONGEST
+    random = Random(f"held-out {task} {seed}")
+    if task == "search":
+        return _search(random, seed, low, high)
+    assert task in TASKS, f"task is {task!r}, not one of {', '.join(TASKS)}"
+    while True:
+        target = random.randint(low, high)
+        least = max(min(8, target // 60), -(-target // (TOKENS_PER_LINE * MOST_NAMES)), 1)
+        program = random.randint(least, max(least, min(LONGEST_PROGRAM, target // 40)))
+        names = max(1, round(target / (TOKENS_PER_LINE * (program + 1))))
+        if task == "registers":
+            instance = registers(random, names, program, asked=4)
+        else:
+            instance = needle(random, names, program, hops=random.randint(2, 4))
+        if low <= reply_tokens(instance) <= high:
+            return instance
+
+
+def _search(random: Random, seed: int, low: int, high: int) -> Instance:
+    longest = {"tree": 700, "small_world": 1_000, "random": 2_000}
+    families = [family for family in FAMILIES if low <= longest[family]] or [FAMILIES[-1]]
+    family = families[seed % len(families)]
+    while True:
+        nodes = random.randint(4 if high < 400 else 10, LARGEST_GRAPH)
+        instance = search(random, family, nodes, random.uniform(0.5, 0.98))
+        if low <= reply_tokens(instance) <= high:
+            return instance

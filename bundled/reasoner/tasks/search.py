@@ -1,0 +1,130 @@
+"""Recursive state query: depth-first search of an undirected graph, and its exact stack after k steps.
+
+    user:       Search: 0: 0-1 0-2 /0 1: 1-0 /1 2: 2-0 /2 list 2? steps 4
+    assistant:   >0 visit 3           the search starts at node 0; 3 steps are left
+                 0-1 1? new 3         edge 0-1 leads to node 1, which is new
+                 0> >1 visit 2
+                 1-0 0? seen 2
+                 /1 <0 back 1         no edge of node 1 is left: back to node 0
+                 0-1 1? seen 1
+                 0-2 2? new 1
+                 0> >2 visit 0
+                 up ^2 ^0             from the current node to the root
+                 stack =0 =2          the answer
+                 list 2? seen 1? seen 0? seen
+
+(The notes are not part of the reply.) Neighbours are taken in ascending order. Whether a node was seen, and where a
+node was entered from, stands only in the reply's own `visit` lines, however long ago.
+"""
+
+from random import Random
+
+from bundled.reasoner.tasks.instance import Instance, Line, text, tokens
+
+LARGEST_GRAPH = 30
+MOST_STEPS = 2 * LARGEST_GRAPH
+FAMILIES = ("tree", "small_world", "random")
+
+Graph = dict[int, list[int]]
+"""Node -> its neighbours, ascending."""
+
+
+def make_graph(random: Random, family: str, nodes: int) -> Graph:
+    """A graph whose node 0 reaches at least half of the nodes.
+
+    `tree`: uniform among labelled trees. `small_world`: a ring with 4 neighbours each, an edge rewired with
+    probability .1 (Watts and Strogatz 1998). `random`: every edge with probability .3 (.6 below 8 nodes).
+    """
+    while True:
+        edges: set[tuple[int, int]] = set()
+        if family == "tree":
+            # The first entries into each node of a random walk (Broder 1989).
+            here, entered = 0, {0}
+            while len(entered) < nodes:
+                there = random.randrange(nodes)
+                if there not in entered:
+                    entered.add(there)
+                    edges.add((here, there))
+                here = there
+        elif family == "small_world":
+            for node in range(nodes):
+                for distance in (1, 2):
+                    other = (node + distance) % nodes
+                    if random.random() < 0.1:
+                        other = random.randrange(nodes)
+                    if other != node and (other, node) not in edges:
+                        edges.add((node, other))
+        else:
+            share = 0.3 if nodes >= 8 else 0.6
+            edges = {(a, b) for a in range(nodes) for b in range(a) if random.random() < share}
+        neighbours: dict[int, set[int]] = {node: set() for node in range(nodes)}
+        for one, other in edges:
+            neighbours[one].add(other)
+            neighbours[other].add(one)
+        graph = {node: sorted(others) for node, others in neighbours.items()}
+        if 2 * len(_reached(graph)) >= nodes:
+            return graph
+
+
+def _reached(graph: Graph) -> set[int]:
+    reached, pending = {0}, [0]
+    while pending:
+        for other in graph[pending.pop()]:
+            if other not in reached:
+                reached.add(other)
+                pending.append(other)
+    return reached
+
+
+def search(random: Random, family: str, nodes: int, share: float) -> Instance:
+    """A search of a `family` graph of `nodes` nodes, stopped after a `share` (0 to 1) of the steps it would take."""
+    assert 2 <= nodes <= LARGEST_GRAPH
+    graph = make_graph(random, family, nodes)
+    steps = max(1, round(share * (2 * len(_reached(graph)) - 1)))
+    return _solve(graph, steps)
+
+
+def _solve(graph: Graph, steps: int) -> Instance:
+    last = len(graph) - 1
+    rows = " ".join(
+        " ".join([f"{node}:", *(f"{node}-{other}" for other in others), f"/{node}"]) for node, others in graph.items()
+    )
+    prompt = f"Search: {rows} list {last}? steps {steps}"
+    left = steps - 1
+    lines: list[Line] = [[">0", "visit", str(left)]]
+    stack, entered_at = [0], {0: 0}
+    while left:
+        here = stack[-1]
+        for other in graph[here]:
+            new = other not in entered_at
+            lines.append([f"{here}-{other}", f"{other}?", "new" if new else "seen", str(left)])
+            if new:
+                left -= 1
+                entered_at[other] = tokens(lines)
+                stack.append(other)
+                lines.append([f"{here}>", f">{other}", "visit", str(left)])
+                break
+        else:
+            left -= 1
+            stack.pop()
+            lines.append([f"/{here}", f"<{stack[-1]}", "back", str(left)])
+    answer = ["stack", *(f"={node}" for node in stack)]
+    length = tokens(lines)
+    reach = length - min((entered_at[node] for node in stack[1:]), default=length)
+    lines.append(["up", *(f"^{node}" for node in reversed(stack))])
+    lines.append(answer)
+    lines.append(["list"])
+    for node in range(last, -1, -1):
+        lines[-1] += [f"{node}?", "seen" if node in entered_at else "new"]
+    return Instance(prompt, text(lines), " ".join(answer), reach)
+
+
+def words() -> list[str]:
+    """Every word that a search may hold, each a token."""
+    numbers = range(LARGEST_GRAPH)
+    return [
+        *("Search:", "list", "steps", "visit", "seen", "new", "back", "up", "stack"),
+        *(form.format(n) for form in ("{}:", "/{}", "{}?", "{}>", ">{}", "<{}", "^{}", "={}") for n in numbers),
+        *map(str, range(MOST_STEPS + 1)),
+        *(f"{one}-{other}" for one in numbers for other in numbers if one != other),
+    ]

@@ -1,0 +1,216 @@
+"""Trains a model for the three tasks on the CPU: `python -m bundled.reasoner.train --minutes N --out FOLDER`.
+
+Owns the optimisers, the checkpoint and the log. Batch number i depends on i alone, so a run that was stopped goes on
+exactly where it was: run the same command again. The exported model is the average of the last weights (exponential,
+in bf16), renewed as the run goes.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+from bundled.reasoner import tokenizer
+from bundled.reasoner.curriculum import IGNORED, Batch, Curriculum
+from bundled.reasoner.network import Network, model_config
+
+STEPS = 2_800
+MATRIX_RATE = 0.02
+"""Learning rate of the layers' matrices, by Muon: lookups in the prompt form about ten times sooner than with Adam."""
+EMBEDDING_RATE = 3e-3
+"""Of embeddings, by AdamW."""
+NORM_RATE = 1e-2
+"""Of norms, by AdamW: a lookup among many candidates needs large query and key norms."""
+FIRST_QK_NORM = 1.5
+"""First weights of query and key norms: at 1, the sharpest attention possible is still blurred over 100 tokens."""
+EMBEDDING_SPREAD = 0.05
+
+
+def composed_embeddings(tokens: PreTrainedTokenizerFast, size: int) -> torch.Tensor:
+    """First embeddings, fp32 [vocabulary, size]: a word starts as the sum of its parts' random vectors.
+
+    ` 3-7` is made of its form ` N-N`, of 3 as a first number and of 7 as a second one; so whatever is learned of node
+    7 in one role starts out true of the others.
+    """
+    generator = torch.Generator().manual_seed(1)
+    vectors: defaultdict[str, torch.Tensor] = defaultdict(lambda: torch.randn(size, generator=generator))
+    table = torch.randn(len(tokens), size, generator=generator)
+    for word in tokenizer.words():
+        parts = re.findall(r"\d+|(?<![a-z])[bklmprvz][aiou](?![a-z])", word)
+        if parts:
+            form = _form(word)
+            vector = vectors[form] + vectors[parts[-1]]
+            if len(parts) == 2:
+                vector = vector + vectors[parts[0]].roll(1)
+            table[tokens.encode(word, add_special_tokens=False)[0]] = vector / (len(parts) + 1) ** 0.5
+    return EMBEDDING_SPREAD * table
+
+
+def _form(word: str) -> str:
+    return re.sub(r"(?<![a-z])[bklmprvz][aiou](?![a-z])", "S", re.sub(r"\d+", "N", word)).strip(" ")
+
+
+def export(weights: dict[str, torch.Tensor], config: Qwen3Config, out: Path) -> None:
+    """Writes a model folder that transformers and vLLM load as it is. `weights` are named as in `Network`."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.build().save_pretrained(out)
+    settings = {**config.to_dict(), "architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}
+    (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "temperature": 0.0}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    tensors = {f"model.{name}": weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
+    part = out / "model.safetensors.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(out / "model.safetensors")
+
+
+class Kinds:
+    """Errors by kind of token: what stands before it and what it is, numbers and symbols left out."""
+
+    def __init__(self, tokens: PreTrainedTokenizerFast) -> None:
+        self._forms = [_form(tokens.decode([number])) or "\\n" for number in range(len(tokens))]
+        self._seen: Counter[str] = Counter()
+        self._wrong: Counter[str] = Counter()
+
+    def add(self, before: torch.Tensor, targets: torch.Tensor, wrong: torch.Tensor) -> None:
+        for one, other, miss in zip(before.tolist(), targets.tolist(), wrong.tolist(), strict=True):
+            kind = f"{self._forms[one]} {self._forms[other]}"
+            self._seen[kind] += 1
+            self._wrong[kind] += miss
+
+    def worst(self, count: int = 12) -> dict[str, str]:
+        """The kinds with the most errors, as `wrong/seen`; starts anew."""
+        worst = {kind: f"{wrong}/{self._seen[kind]}" for kind, wrong in self._wrong.most_common(count) if wrong}
+        self._seen.clear()
+        self._wrong.clear()
+        return worst
+
+
+class Trainer:
+    """Network, optimisers and averaged weights of a run, and their checkpoint."""
+
+    def __init__(self, tokens: PreTrainedTokenizerFast, compile: bool) -> None:
+        torch.manual_seed(0)
+        self.config = model_config(len(tokens))
+        self.network = Network(self.config)
+        with torch.no_grad():
+            self.network.embed_tokens.weight.copy_(composed_embeddings(tokens, self.config.hidden_size))
+            for name, weight in self.network.named_parameters():
+                if "q_norm" in name or "k_norm" in name:
+                    weight.fill_(FIRST_QK_NORM)
+        self.forward = torch.compile(self.network, dynamic=True) if compile else self.network
+        self.average = {name: weight.detach().clone() for name, weight in self.network.state_dict().items()}
+        matrices = [weight for weight in self.network.layers.parameters() if weight.ndim == 2]
+        norms = [weight for weight in self.network.parameters() if weight.ndim == 1]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0),
+            torch.optim.AdamW([self.network.embed_tokens.weight], betas=(0.9, 0.98), weight_decay=0.01),
+            torch.optim.AdamW(norms, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.step, self.seconds = 0, 0.0
+
+    def train(self, batch: Batch, rate: float, kinds: Kinds | None) -> float:
+        """One step at `rate` times the learning rates; the mean loss in nats per trained token."""
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.forward(batch.ids, batch.positions)
+            targets = batch.labels[:, 1:]
+            trained = targets != IGNORED
+            logits = torch.nn.functional.linear(hidden[:, :-1][trained], self.network.embed_tokens.weight)
+        loss = cross_entropy(logits.float(), targets[trained])
+        if kinds is not None:
+            kinds.add(batch.ids[:, :-1][trained], targets[trained], logits.argmax(dim=-1) != targets[trained])
+        self.network.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optimizer, full in zip(self.optimizers, (MATRIX_RATE, EMBEDDING_RATE, NORM_RATE), strict=True):
+            optimizer.param_groups[0]["lr"] = full * rate
+            optimizer.step()
+        decay = min(0.99, self.step / (self.step + 10))
+        for name, weight in self.network.state_dict().items():
+            self.average[name].lerp_(weight, 1 - decay)
+        self.step += 1
+        return loss.item()
+
+    def save(self, checkpoint: Path) -> None:
+        state = {
+            "model": self.network.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": self.average,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        part = checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(checkpoint)
+
+    def load(self, checkpoint: Path) -> None:
+        saved = torch.load(checkpoint, weights_only=True)
+        self.network.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.average, self.step, self.seconds = saved["average"], saved["step"], saved["seconds"]
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the full learning rates: warm-up over 50 steps, then full, then down to 2 % over the last 40 %."""
+    return min(1.0, (step + 1) / 50, 0.02 + 2.45 * (1 - step / steps))
+
+
+def train(minutes: float, steps: int, out: Path, checkpoint: Path, compile: bool) -> None:
+    """Trains until `steps` are done or `minutes` are over; resumes from `checkpoint` where it exists."""
+    torch.set_num_threads(1)
+    tokens = tokenizer.build()
+    trainer = Trainer(tokens, compile)
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    curriculum, kinds = Curriculum(tokens, steps), Kinds(tokens)
+    log = checkpoint.with_suffix(".jsonl")
+    before, start, saved_at = trainer.seconds, time.monotonic(), time.monotonic()
+    recent: list[float] = []
+    while trainer.step < steps:
+        look = trainer.step % 5 == 0
+        recent.append(trainer.train(curriculum.batch(trainer.step), rate(trainer.step, steps), kinds if look else None))
+        now = time.monotonic()
+        trainer.seconds = before + now - start
+        over = now - start > 60 * minutes or trainer.step == steps
+        if trainer.step % 50 == 0 or over:
+            line = {
+                "step": trainer.step,
+                "seconds": round(trainer.seconds),
+                "loss": round(sum(recent) / len(recent), 5),
+            }
+            with log.open("a") as file:
+                file.write(json.dumps({**line, "wrong": kinds.worst()}, ensure_ascii=False) + "\n")
+            print(line, flush=True)
+            recent = []
+        if over or now - saved_at > 90:
+            saved_at = now
+            trainer.save(checkpoint)
+            export(trainer.average, trainer.config, out)
+        if over:
+            break
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=180, help="stop after so many minutes; run again to go on")
+    parser.add_argument("--steps", type=int, default=STEPS, help="length of the whole run")
+    parser.add_argument("--out", type=Path, default=Path("build/bundled"), help="folder of the exported model")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("build/bundled.pt"), help="what a later run resumes from"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
+    arguments = parser.parse_args()
+    arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    train(arguments.minutes, arguments.steps, arguments.out, arguments.checkpoint, not arguments.no_compile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The bundled model's tasks: every answer against an independent solver that reads the prompt alone."""
+
+import re
+from collections.abc import Iterator
+from random import Random
+
+import networkx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bundled.reasoner import tasks, tokenizer
+
+TOKENS = tokenizer.build()
+LARGEST_BUDGET = 512
+"""No budget above it is tested by default, in `trifleet evaluate` or in docs/quality.md."""
+
+
+def solve_search(prompt: str) -> str:
+    """networkx walks the whole tree; the stack after k steps is read off its labelled edges."""
+    graph = networkx.Graph()
+    graph.add_node(0)
+    graph.add_edges_from(tuple(map(int, pair)) for pair in re.findall(r"(\d+)-(\d+)", prompt))
+    steps = int(prompt.split()[-1])
+    moves = networkx.dfs_labeled_edges(graph, source=0, sort_neighbors=sorted)
+    moves = ((v, kind) for u, v, kind in moves if kind != "nontree")
+    stack: list[int] = []
+    for _, (node, kind) in zip(range(steps), moves, strict=False):
+        if kind == "forward":
+            stack.append(node)
+        else:
+            assert stack.pop() == node
+    return f"stack {' '.join(f'={node}' for node in stack)}"
+
+
+def solve_program(prompt: str) -> str:
+    """A plain interpreter of the program, run for every name."""
+    words = iter(prompt.split())
+    registers = dict(re.findall(r"([abc])=(\d)", prompt))
+    values = {register: int(value) for register, value in registers.items()}
+    for word in words:
+        if word == "do":
+            break
+    program = list(_until_stop(words))
+    assert next(words) == "for"
+    names = list(_until_stop(words))
+    assert next(words) == "add"
+    pairs = list(_until_stop(words))
+    assert [pair[:-1] for pair in pairs[1::2]] == names
+    marks: dict[str, int] = {}
+    for recall, name in zip(pairs[::2], names, strict=True):
+        for instruction in program:
+            target, source = instruction.split("+")
+            values[target] = (values[target] + (values[source] if source in values else int(source))) % 10
+        marks[name] = values["a"]
+        if recall.endswith("&"):
+            values["a"] = (values["a"] + marks[recall[:-1]]) % 10
+    assert next(words) == "report"
+    asked = [word[:-1] for word in _until_stop(words)]
+    if asked == ["code"]:
+        return f"report code? *{solve_arrows(prompt)} ."
+    return f"report {' '.join(f'{name}? a={marks[name]}' for name in asked)} ."
+
+
+def solve_arrows(prompt: str) -> str:
+    arrows = networkx.DiGraph((here, there) for there, here in re.findall(r"(\w+)< <(\w+)", prompt.split(" begin ")[0]))
+    start = re.search(r"begin <(\w+)", prompt).group(1)
+    (end,) = (node for node in networkx.descendants(arrows, start) if not arrows.out_degree(node))
+    return end
+
+
+def _until_stop(words: Iterator[str]) -> Iterator[str]:
+    for word in words:
+        if word == ".":
+            return
+        yield word
+
+
+def solve(task: str, prompt: str) -> str:
+    return solve_search(prompt) if task == "search" else solve_program(prompt)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10**6))
+def test_a_held_out_instance_has_the_answer_that_an_independent_solver_finds(task: str, seed: int) -> None:
+    instance = tasks.held_out(task, seed, 300, 1_500)
+    assert solve(task, instance.prompt) == instance.answer
+    assert instance.is_correct(instance.reply)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(tasks.FAMILIES), st.integers(2, 30), st.floats(0, 1))
+def test_a_search_of_any_size_and_length_has_the_stack_that_networkx_finds(
+    seed: int, family: str, nodes: int, share: float
+) -> None:
+    instance = tasks.search(Random(seed), family, nodes, share)
+    assert solve_search(instance.prompt) == instance.answer
+
+
+@given(st.integers(0, 10**6))
+def test_the_nodes_that_a_search_lists_as_seen_are_those_it_visited(seed: int) -> None:
+    instance = tasks.held_out("search", seed, 300, 900)
+    visited = {int(node) for node in re.findall(r">(\d+) visit", instance.reply)}
+    listed = instance.reply.splitlines()[-1]
+    assert {int(node) for node in re.findall(r"(\d+)\? seen", listed)} == visited
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+def test_graphs_are_of_the_family_that_they_are_called(family: str) -> None:
+    for seed in range(20):
+        prompt = tasks.search(Random(seed), family, 30, 1.0).prompt
+        graph = networkx.Graph(re.findall(r"(\d+)-(\d+)", prompt))
+        if family == "tree":
+            assert networkx.is_tree(graph)
+            assert len(graph) == 30
+        elif family == "small_world":
+            assert 55 <= graph.number_of_edges() <= 60
+        else:
+            assert 80 <= graph.number_of_edges() <= 185  # 435 pairs at .3: 130.5, sigma 9.6
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize(("low", "high"), [(300, 700), (1_000, 1_300)])
+def test_replies_are_as_long_as_asked_for(task: str, low: int, high: int) -> None:
+    for seed in range(5):
+        instance = tasks.held_out(task, seed, low, high)
+        reply = TOKENS.encode(instance.reply, add_special_tokens=False)
+        assert low <= len(reply) + 1 == tasks.reply_tokens(instance) <= high
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_most_answers_need_a_generated_token_that_is_older_than_any_budget_tested(task: str) -> None:
+    instances = [tasks.held_out(task, seed, 1_000, 1_300) for seed in range(200)]
+    assert sum(instance.reach > LARGEST_BUDGET for instance in instances) >= 100
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_wrong_missing_or_unfinished_answer_is_not_correct(task: str) -> None:
+    instance = tasks.held_out(task, 3, 300, 700)
+    assert instance.is_correct(instance.reply)
+    assert not instance.is_correct("")
+    assert not instance.is_correct(instance.reply[: instance.reply.index(instance.answer)])
+    assert not instance.is_correct(instance.reply[: instance.reply.index(instance.answer) + len(instance.answer) - 2])
+    assert not instance.is_correct(f"{instance.reply}\n {instance.answer} =1")
