@@ -78,10 +78,10 @@ def cluster() -> Iterator[Cluster]:
             f"--ray-client-server-port={client}", "--num-cpus=2", "--object-store-memory=134217728",
             f"--temp-dir={name}/ray",
         ]  # fmt: skip
-        with (folder / "ray.log").open("wb") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         urls = [f"http://127.0.0.1:{number}" for number in (dashboard, agent, port)]
         running = Cluster(f"127.0.0.1:{gcs}", *urls, environment)
+        with (folder / "ray.log").open("wb") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             await_(lambda: applications(running) is not None, "Ray's dashboard", folder / "ray.log")
             deployed = running.run(str(BIN / "serve"), "deploy", "-a", running.dashboard, str(file))
