@@ -91,7 +91,9 @@ def build(settings: FleetSettings) -> Application:
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_SECONDS,
         health_check_period_s=HEALTH_CHECK_SECONDS,
-        request_router_config=RequestRouterConfig(request_router_class="deploy.router:AssignedReplicaRouter"),
+        request_router_config=RequestRouterConfig(
+            request_router_class="deploy.assigned_replica_router:AssignedReplicaRouter"
+        ),
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,
             "num_gpus": settings.gpus_per_replica,

@@ -21,8 +21,6 @@ from typing import Any
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.serve._private.request_router.common import PendingRequest
-from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.deployment import Application
 from ray.serve.handle import DeploymentHandle
@@ -31,6 +29,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from deploy import assigned_replica_router
 from deploy.coordinator import NAME, NAMESPACE
 from deploy.haproxy_wrapper import AGAIN_PREFIX
 from deploy.messages import Decision, Demand, Placement, Refusal
@@ -64,33 +63,6 @@ _ERROR_TYPES = {
     429: "TooManyRequestsError",
     503: "ServiceUnavailableError",
 }
-
-
-LISTED: dict[str, frozenset[str]] = {}
-"""Deployment -> the replicas to which Serve sends its requests now, as last told to this process."""
-
-
-class AssignedReplicaRouter(PowerOfTwoChoicesRequestRouter):
-    """Resolves the replica that the coordinator assigned: the first routing argument, a replica's unique id.
-
-    Without one, or when Serve does not know that replica (any more), it is the power of two choices.
-    """
-
-    async def choose_replicas(
-        self,
-        candidate_replicas: list[RunningReplica],
-        pending_request: PendingRequest | None = None,
-    ) -> list[list[RunningReplica]]:
-        if pending_request is not None and pending_request.args:
-            assigned = pending_request.args[0]
-            for replica in candidate_replicas:
-                if replica.replica_id.unique_id == assigned:
-                    return [[replica]]
-        return await super().choose_replicas(candidate_replicas, pending_request)
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        super().update_replicas(replicas)
-        LISTED[self._deployment_id.name] = frozenset(replica.replica_id.unique_id for replica in replicas)
 
 
 @serve.ingress()
@@ -197,7 +169,7 @@ class Router:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                listed = LISTED.get(self._replicas.deployment_name)
+                listed = assigned_replica_router.LISTED.get(self._replicas.deployment_name)
                 if listed is None:
                     await self._pick(None)  # starts the handle's own watch
                     continue

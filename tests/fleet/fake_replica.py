@@ -11,6 +11,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from prometheus_client import Metric
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -43,6 +44,9 @@ class FakeEngine:
 
     def metrics(self) -> str:
         return ""
+
+    def families(self) -> list[Metric]:
+        return []
 
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
@@ -91,5 +95,7 @@ class FakeEngine:
 
 
 class FakeEngineReplica(Replica):
-    async def _start_engine(self, listener: Callable[[dict[str, Any]], None]) -> Any:
+    async def _start_engine(
+        self, listener: Callable[[dict[str, Any]], None], on_end: Callable[[str, float], None]
+    ) -> Any:
         return FakeEngine(listener)

@@ -220,6 +220,7 @@ async def test_a_silent_replica_gets_nothing_and_is_taken_back_when_it_speaks(
         process.resume()
     assert (await waiting).status_code == 200
     after = await client.fleet()
+    assert after["probes"] > before["probes"], "someone asked it"
     waited = [now["tiers"]["default"]["counts"]["waits"]["long"]["sum_seconds"] for now in (before, after)]
     assert waited[1] - waited[0] > 0.5, "it waited at the coordinator and not at the silent replica"
 

@@ -13,7 +13,8 @@ from ray.serve.deployment import Application
 from ray.serve.handle import DeploymentHandle
 
 import deploy.haproxy
-from deploy.router import AssignedReplicaRouter
+import deploy.router
+from deploy.assigned_replica_router import AssignedReplicaRouter
 from deploy.settings import FleetSettings
 from replicas import headers
 
