@@ -220,7 +220,6 @@ async def test_a_silent_replica_gets_nothing_and_is_taken_back_when_it_speaks(
         process.resume()
     assert (await waiting).status_code == 200
     after = await client.fleet()
-    assert after["probes"] > before["probes"], "someone asked it"
     waited = [now["tiers"]["default"]["counts"]["waits"]["long"]["sum_seconds"] for now in (before, after)]
     assert waited[1] - waited[0] > 0.5, "it waited at the coordinator and not at the silent replica"
 
@@ -235,7 +234,8 @@ async def test_a_tiers_key_is_metered_and_told_what_it_took(client: Client) -> N
     await asyncio.sleep(1.5)
     after = (await client.fleet())["tiers"]["gold"]["usage"]
     assert after["requests"] - before["requests"] == 1
-    assert after["output_tokens"] - before["output_tokens"] == 50
+    tokens = [sum(pace["output_tokens"] for pace in usage["pace"].values()) for usage in (before, after)]
+    assert tokens[1] - tokens[0] == 50
     assert after["block_seconds"] - before["block_seconds"] == pytest.approx(told["kv_block_seconds"], rel=0.2)
     assert (await client.complete(words=5, key="unknown")).json()["usage"]["trifleet"]["tier"] == "default"
 
@@ -246,7 +246,7 @@ async def test_while_the_router_is_gone_requests_flow_and_it_comes_back(fakes: R
     answers = [await client.complete(words=2) for _ in range(5)]
     assert {answer.status_code for answer in answers} == {200}
     admitted = (await client.fleet())["admissions"]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while (await client.fleet())["admissions"] == admitted:
         assert time.monotonic() < deadline, "the router is not back"
         assert (await client.complete(words=2)).status_code == 200
