@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from transformers import DeepseekV2Config
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from tests.engine.conftest import SIZES, save_tiny_model
@@ -16,6 +18,7 @@ from tests.unit.tiny_models import random_statistics
 from triattention.config import CompressionConfig
 from triattention.rope import read_config
 from triattention.vllm import engine_arguments
+from triattention.vllm.cpu import CPUCompactionWorker
 from triattention.vllm.kv_manager import CompactedAttentionSpec, compacted_specs
 from triattention.vllm.support import check_policy, check_supported, refusals
 
@@ -78,6 +81,28 @@ def test_a_real_start_ends_with_the_sentence(mla_model: Path) -> None:
     arguments = engine_arguments(RANDOM)
     with pytest.raises(ValueError, match="KV compression does not support multi-head latent attention"):
         LLM(str(mla_model), max_model_len=1024, enforce_eager=True, kv_cache_memory_bytes=1 << 26, **arguments)
+
+
+class WorkerOfVLLMsOwnBuilder(CPUCompactionWorker):
+    """As on an attention backend that we have no builder for."""
+
+    backends: ClassVar = {AttentionBackendEnum.CPU_ATTN: CPUAttentionBackend}
+
+
+def test_an_attention_backend_whose_metadata_nobody_squeezes(tiny_model: Path) -> None:
+    from vllm import LLM
+
+    arguments = engine_arguments(RANDOM) | {"worker_cls": f"{__name__}.WorkerOfVLLMsOwnBuilder"}
+    with pytest.raises(ValueError, match="does not know the attention backend CPU_ATTN: set attention_backend to"):
+        LLM(
+            str(tiny_model),
+            max_model_len=1024,
+            enforce_eager=True,
+            kv_cache_memory_bytes=1 << 26,
+            num_gpu_blocks_override=64,
+            skip_tokenizer_init=True,
+            **arguments,
+        )
 
 
 def test_an_unknown_policy_and_statistics_of_another_model_before_any_weights(
