@@ -124,6 +124,8 @@ def client(fleet: RunningFleet) -> openai.OpenAI:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The test that stops the fleet comes last, and before it the one that looks at what is left in the pool."""
+    """This folder's tests come last, for its fleet stays up until the end and others look for replicas by name; of them
+    the one that stops the fleet, and before it the one that looks at what is left in the pool."""
+    here = Path(__file__).parent
     last = ["test_after_everything_the_pool_is_whole", "test_ctrl_c_stops_the_fleet_and_leaves_no_process"]
-    items.sort(key=lambda item: last.index(item.name) if item.name in last else -1)
+    items.sort(key=lambda item: (here in item.path.parents, last.index(item.name) if item.name in last else -1))
