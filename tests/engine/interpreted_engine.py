@@ -6,7 +6,8 @@ metadata builder, cache views and Triton kernels. All Triton kernels run under T
 Faked, and nothing else: a Triton driver that says it is active, a compute capability of 9.0, the choice of attention
 backend (vLLM's CPU platform knows one only), and CPUWorker under GPUCompactionWorker in place of vLLM's CUDA worker.
 
-JOB is a JSON file with `model`, `prompts`, `tokens`, `compression`, `asynchronous`; results are written beside it.
+JOB is a JSON file with `model`, `block_size`, `prompts`, `tokens`, `compression`, `asynchronous`; results are written
+beside it. Nothing here may be imported by a test: the interpreter would be on for every kernel of its process.
 """
 
 import json
@@ -25,8 +26,6 @@ os.environ.update(
 
 import torch
 from triton.backends import backends
-
-BLOCK = 16
 
 
 class FakeActiveDriver:
@@ -71,7 +70,8 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     arguments["worker_cls"] = "tests.engine.interpreted_worker.InterpretedGPUWorker"
     arguments["additional_config"]["triattention_reports"] = False
     settings = {
-        "dtype": "float32", "max_model_len": 512, "block_size": BLOCK, "max_num_seqs": 4, "enforce_eager": True,
+        "dtype": "float32", "max_model_len": 512, "block_size": job["block_size"], "max_num_seqs": 4,
+        "enforce_eager": True,
         "num_gpu_blocks_override": 40, "kv_cache_memory_bytes": 1 << 26, "skip_tokenizer_init": True,
         "max_num_batched_tokens": 64, "async_scheduling": job["asynchronous"],
     }  # fmt: skip

@@ -13,10 +13,10 @@ import pytest
 from transformers import Qwen3Config
 
 from tests.engine.conftest import SIZES, save_statistics, save_tiny_model
-from tests.engine.interpreted_engine import BLOCK
 from tests.engine.reference import DenseReference
 from triattention.config import CompressionConfig, Selection
 
+BLOCK = 16
 TOKENS = 80
 
 
@@ -48,8 +48,8 @@ def test_greedy_tokens_equal_the_reference(
     job.write_text(
         json.dumps(
             {
-                "model": str(model), "prompts": prompts, "tokens": TOKENS, "asynchronous": asynchronous,
-                "compression": config.model_dump(mode="json"),
+                "model": str(model), "block_size": BLOCK, "prompts": prompts, "tokens": TOKENS,
+                "asynchronous": asynchronous, "compression": config.model_dump(mode="json"),
             }
         )
     )  # fmt: skip
