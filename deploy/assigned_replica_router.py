@@ -1,7 +1,8 @@
 """Serve's own request router, told by the coordinator; and which replicas Serve sends to.
 
-A module of its own: Ray ships the class `Router` to its process by value, with copies of the globals that it names, so
-what Serve tells this process must lie in a module that both sides import.
+Ray ships this whole module to a handle's process by value, so `LISTED` there is a copy that `deploy.router` does not
+see: until it lies in a module that both import, the router tells the coordinator of no draining replica and asks no
+silent one.
 """
 
 from ray.serve._private.request_router.common import PendingRequest
