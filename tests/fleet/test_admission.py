@@ -28,8 +28,7 @@ def test_both_replicas_are_used(fleet: RunningFleet) -> None:
 
 
 def test_a_running_request_is_held_under_its_reservation(fleet: RunningFleet) -> None:
-    # Bookings of requests that HAProxy still sent by itself end with their lease, after 4 s.
-    fleet.await_whole_pool(seconds=8)
+    fleet.await_whole_pool(seconds=2)
     with httpx.stream("POST", f"{fleet.url}/v1/completions", json=LONG, timeout=60) as response:
         lines = response.iter_lines()
         for _ in range(30):
