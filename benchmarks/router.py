@@ -13,6 +13,7 @@ from statistics import quantiles
 from typing import Any
 
 import ray
+import uvloop
 from ray.actor import ActorHandle
 
 from deploy.app import coordinator_options
@@ -108,7 +109,9 @@ def bench_router(seconds: float = 10.0) -> dict[str, Any]:
     )
     try:
         coordinator = ray.remote(MeasuredCoordinator).options(**coordinator_options()).remote(CoordinatorSettings())
-        return asyncio.run(_measure(coordinator, seconds))
+        # The router of a fleet runs on uvloop too: Ray Serve's processes do.
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_measure(coordinator, seconds))
     finally:
         ray.shutdown()
 

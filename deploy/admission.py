@@ -137,7 +137,7 @@ class Admission:
         return replace(demand, avoid=replica)
 
     def set_listed(self, replicas: frozenset[str], now: float) -> list[Decision]:
-        """The replicas that Serve sends requests to: the others start or drain, and get nothing new."""
+        """The replicas that requests get to: the others start or drain, and get nothing new."""
         self._ledger.set_listed(replicas)
         return self._serve(now)
 

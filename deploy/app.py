@@ -49,7 +49,8 @@ def fleet(settings: FleetSettings) -> Application:
 
 def coordinator_options() -> dict[str, Any]:
     """Ray's options that decide how fast the coordinator is; `trifleet bench router` measures it with the same."""
-    return {"num_cpus": 0, "max_concurrency": 10_000}
+    # Ray records what happens to each call, which costs more than many of these calls do.
+    return {"num_cpus": 0, "max_concurrency": 10_000, "enable_task_events": False}
 
 
 def _start_coordinator(settings: FleetSettings) -> None:

@@ -1,16 +1,10 @@
-"""Serve's own request router, told by the coordinator; and which replicas Serve sends to.
-
-Ray ships this whole module to a handle's process by value, so `LISTED` there is a copy that `deploy.router` does not
-see: until it lies in a module that both import, the router tells the coordinator of no draining replica and asks no
-silent one.
-"""
+"""Serve's own request router, told by the coordinator. It notes which replicas Serve sends to in `deploy.listed`."""
 
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
-LISTED: dict[str, frozenset[str]] = {}
-"""Deployment -> the replicas to which Serve sends its requests now, as last told to this process."""
+from deploy import listed
 
 
 class AssignedReplicaRouter(PowerOfTwoChoicesRequestRouter):
@@ -33,4 +27,5 @@ class AssignedReplicaRouter(PowerOfTwoChoicesRequestRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        LISTED[self._deployment_id.name] = frozenset(replica.replica_id.unique_id for replica in replicas)
+        names = frozenset(replica.replica_id.to_full_id_str() for replica in replicas)
+        listed.BY_DEPLOYMENT[self._deployment_id.name] = names

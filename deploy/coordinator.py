@@ -24,6 +24,8 @@ NAMESPACE = "trifleet"
 TICK_SECONDS = 0.1
 # Serve replaces a replica that fails its health checks long before: one that is silent for so long is dead.
 GONE_AFTER_SECONDS = 120.0
+# Routers tell four times a second; one that is silent for so long has no say in where requests go.
+ROUTER_GONE_SECONDS = 3.0
 # The placement reason of requests that the router had to place while there was no coordinator.
 WITHOUT_COORDINATOR = "without_coordinator"
 
@@ -54,6 +56,8 @@ class Coordinator:
         self._refused_by_router: Counter[tuple[str, str]] = Counter()
         """By tier and reason."""
         self._placed_by_router: Counter[str] = Counter()
+        self._listed: dict[str, tuple[frozenset[str], float]] = {}
+        """By node: what its router last told, and when."""
 
     async def runs_with(
         self, settings: CoordinatorSettings, model: str, tiers: Mapping[str, Tier], wanted_replicas: int
@@ -95,10 +99,13 @@ class Coordinator:
         self._placed_by_router += placed
         return True
 
-    async def listed(self, replicas: frozenset[str]) -> list[str]:
-        """The router tells which replicas Serve lists; it should ask those returned for a report, they are silent."""
+    async def listed(self, node: str, replicas: frozenset[str]) -> list[str]:
+        """The router of a node tells where requests reach a replica; it should ask those returned to report: they are
+        silent. Placed is only where all routers can send: each node's HAProxy learns of a replica by itself."""
         now = time.monotonic()
-        self._deliver(self._admission.set_listed(replicas, now))
+        self._listed[node] = (replicas, now)
+        told = [names for names, at in self._listed.values() if now - at <= ROUTER_GONE_SECONDS]
+        self._deliver(self._admission.set_listed(frozenset.intersection(*told), now))
         stale = self._admission.stale(now)
         self._probes += len(stale)
         return stale

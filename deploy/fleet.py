@@ -72,12 +72,14 @@ def endpoint(settings: FleetSettings) -> str:
 
 
 def answers(url: str, replicas: int = 1) -> bool:
-    """Whether a fleet answers there now, of which at least so many replicas have reported."""
+    """Whether a fleet answers there now, and requests get to at least so many of its replicas."""
     try:
         response = httpx.get(f"{url}/fleet", timeout=5)
     except httpx.HTTPError:
         return False
-    return response.status_code == 200 and len(response.json()["replicas"]) >= replicas
+    if response.status_code != 200:
+        return False
+    return sum(replica["reachable"] for replica in response.json()["replicas"]) >= replicas
 
 
 def _start_ray(settings: FleetSettings) -> None:

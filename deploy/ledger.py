@@ -56,6 +56,8 @@ class ReplicaSnapshot:
     report_age_seconds: float
     fresh: bool
     """False: silent for too long, so nothing new is placed there. It may be idle or full: unknown."""
+    reachable: bool
+    """A router has said that requests get there: False while it starts or drains."""
     draining: bool
     """Told to stop: it finishes what it has and takes nothing new."""
     held_blocks: int
@@ -80,7 +82,7 @@ class ReplicaLedger:
         self.is_suspect = False
         """Something spoke against it since its last report."""
         self.is_listed = True
-        """Serve lists it among the replicas that take requests: False while it starts or drains."""
+        """Requests get there, by Serve's list and HAProxy's: False while it starts or drains."""
         self.was_listed = False
         self.watermark_blocks = watermark_blocks
         self.bookings: dict[str, Booking] = {}
@@ -172,6 +174,7 @@ class ReplicaLedger:
             engine=engine,
             report_age_seconds=self.age_seconds(now),
             fresh=not self.is_suspect and self.age_seconds(now) <= stale_seconds,
+            reachable=self.was_listed and self.is_listed,
             draining=self.is_draining,
             held_blocks=engine.total_blocks - engine.free_blocks,
             reserved_blocks=self.reserved_blocks,
@@ -279,7 +282,7 @@ class Ledger:
         return True
 
     def set_listed(self, replicas: frozenset[str]) -> None:
-        """The replicas that Serve sends requests to. Until this is first told, all are taken for listed."""
+        """The replicas that requests get to. Until this is first told, all are taken for listed."""
         if replicas != self._listed:
             self._listed = replicas
             for known in self.replicas.values():

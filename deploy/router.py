@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve._private.common import ReplicaID
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.deployment import Application
 from ray.serve.handle import DeploymentHandle
@@ -29,7 +30,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from deploy import assigned_replica_router
+from deploy import haproxy_servers, listed
 from deploy.coordinator import NAME, NAMESPACE
 from deploy.haproxy_wrapper import AGAIN_PREFIX
 from deploy.messages import Decision, Demand, Placement, Refusal
@@ -55,8 +56,6 @@ RESOLVE_ATTEMPTS = 4
 RESOLVE_PAUSE_SECONDS = 0.5
 WATCH_SECONDS = 0.25
 PROBE_SECONDS = 2.0
-# HAProxy knows a new replica only after it has read its configuration anew: until then nothing is sent there.
-HAPROXY_RELOAD_SECONDS = 2.0
 
 _ERROR_TYPES = {
     400: "BadRequestError",
@@ -92,7 +91,6 @@ class Router:
         self._coordinator: ActorHandle[Any] | None = None
         self._refused_alone: Counter[tuple[str, str]] = Counter()
         self._placed_alone: Counter[str] = Counter()
-        self._listed_at: dict[str, float] = {}
         self._background: set[asyncio.Task[Any]] = set()
 
     async def __serve_build_asgi_app__(self) -> Starlette:
@@ -165,20 +163,23 @@ class Router:
         return decision
 
     async def _watch(self) -> None:
-        """Tell the coordinator which replicas Serve lists, and ask those for a report that it has not heard of."""
+        """Tell the coordinator which replicas requests get to, and ask those for a report that it has not heard of."""
+        admin_socket = haproxy_servers.admin_socket(self._node)
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                listed = assigned_replica_router.LISTED.get(self._replicas.deployment_name)
-                if listed is None:
+                of_serve = listed.BY_DEPLOYMENT.get(self._replicas.deployment_name)
+                if of_serve is None:
                     await self._pick(None)  # starts the handle's own watch
                     continue
-                now = time.monotonic()
-                self._listed_at = {replica: self._listed_at.get(replica, now) for replica in listed}
-                known = frozenset(r for r, since in self._listed_at.items() if now - since >= HAPROXY_RELOAD_SECONDS)
-                if known:
-                    for replica in await self._ask("listed", known) or ():
+                names = await haproxy_servers.reachable(admin_socket, of_serve)
+                # None while HAProxy reads its first configuration: then it does not ask this router either.
+                if names:
+                    reachable = frozenset(ReplicaID.from_full_id_str(name).unique_id for name in names)
+                    for replica in await self._ask("listed", self._node, reachable) or ():
                         self._in_background(self._probe(replica))
+            except (OSError, TimeoutError):
+                continue  # HAProxy starts anew
             except Exception:
                 logger.exception("Looking after the replicas failed; trying again.")
 

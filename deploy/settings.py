@@ -84,7 +84,7 @@ class CoordinatorSettings(_Settings):
     queue_deadline_seconds: float = Field(default=60.0, gt=0, description="longest wait before a 503")
     aging_seconds: float = Field(default=10.0, gt=0, description="waiting this long is worth one step of priority")
     lease_seconds: float = Field(
-        default=30.0, gt=0, description="a reservation that no report mentions for so long ends"
+        default=10.0, gt=0, description="a reservation that no report mentions for so long ends"
     )
     stale_report_seconds: float = Field(default=2.0, gt=0, description="a replica silent for so long gets nothing new")
     heartbeat_seconds: float = Field(default=0.2, gt=0, description="longest time between two reports of a replica")

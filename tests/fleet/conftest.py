@@ -25,7 +25,6 @@ MAX_MODEL_LEN = 2048
 BLOCKS = 97  # per replica, the null block among them
 START_SECONDS = 400
 STOP_SECONDS = 60
-HAPROXY_SECONDS = 4
 
 
 @dataclass
@@ -113,8 +112,6 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
             assert process.poll() is None, f"trifleet up ended:\n{log.read_text()}"
             assert time.monotonic() < deadline, f"trifleet up is not ready:\n{log.read_text()}"
             time.sleep(0.5)
-        # Right after a start HAProxy may not know every replica yet, and sends their requests by itself.
-        time.sleep(HAPROXY_SECONDS)
         yield running
     finally:
         if process.poll() is None:
