@@ -16,13 +16,20 @@ keep their order by position only before the first compaction; attention does no
 from triattention.config import CompressionConfig
 
 
+def due_at(first_block: int, block_size: int, config: CompressionConfig) -> int:
+    """Processed tokens at which a request whose live region starts at `first_block` is compacted next.
+
+    `budget + interval` live tokens, or more where no whole block could die yet.
+    """
+    return first_block * block_size + config.budget + max(config.interval, block_size)
+
+
 def first_live_block(processed_tokens: int, first_block: int, block_size: int, config: CompressionConfig) -> int | None:
     """Block at which the live region starts after a compaction at `processed_tokens`, or None where none is due.
 
     `first_block` is where it starts now. The kept count `processed_tokens - cut * block_size` is at least the
     budget and less than budget + block_size, so no slot is stranded.
     """
-    if processed_tokens - first_block * block_size < config.budget + config.interval:
+    if processed_tokens < due_at(first_block, block_size, config):
         return None
-    cut = (processed_tokens - config.budget) // block_size
-    return cut if cut > first_block else None
+    return (processed_tokens - config.budget) // block_size

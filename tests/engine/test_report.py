@@ -19,7 +19,7 @@ def test_pinned_prompts_and_first_compactions_are_reported(
     scheduler = scheduler_of(llm)
 
     def report() -> EngineReport:
-        return EngineReport.from_dict(scheduler.report(scheduler.held_blocks(), SchedulerStats()).to_dict())
+        return EngineReport.from_dict(scheduler.report(SchedulerStats()).to_dict())
 
     before, began = report(), time.time()
     for number, prompt in enumerate(prompts[1:]):  # of 37, 70 and 101 tokens

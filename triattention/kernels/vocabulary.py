@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -86,25 +86,24 @@ class PagedCache:
             return None
         return first.as_strided((len(self.layers), *first.shape), (step // first.element_size(), *first.stride()))
 
-    def read(self, layers: slice, block_ids: Tensor, into: Tensor) -> None:
-        """All tokens of the blocks in slot order, into [layers, kv_heads, blocks * block_size, head_dim], any dtype."""
-        into = into.view(into.shape[:2] + block_ids.shape + self.layers[0].shape[2:])
+    def read(self, layers: slice, block_ids: Tensor) -> Tensor:
+        """All numbers of the blocks, a copy [layers, blocks, kv_heads, t1, t2, d1, d2].
+
+        With all layers in one memory the copy's numbers lie in the cache's own order: turning a layout round costs more
+        than the arithmetic on it.
+        """
         if self.all_layers is not None:
-            into.copy_(self.all_layers[layers, block_ids].transpose(1, 2))
-        else:
-            for layer, part in zip(self.layers[layers], into, strict=True):
-                part.copy_(layer[block_ids].transpose(0, 1))
+            return self.all_layers[layers, block_ids]
+        return torch.stack([layer[block_ids] for layer in self.layers[layers]])
 
     def gather(self, block_ids: Tensor, tokens: int) -> Tensor:
         """The first `tokens` tokens of the blocks in all layers: [layers, kv_heads, tokens, head_dim], a copy.
 
         What policies other than TriAttention score.
         """
-        slots = len(block_ids) * self.block_size
-        shape = (len(self.layers), self.kv_heads, slots, self.head_dim)
-        gathered = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.read(slice(None), block_ids, gathered)
-        return gathered[:, :, :tokens]
+        numbers = self.read(slice(None), block_ids).transpose(1, 2)
+        shape = (len(self.layers), self.kv_heads, len(block_ids) * self.block_size, self.head_dim)
+        return numbers.reshape(shape)[:, :, :tokens]
 
 
 @dataclass(frozen=True)
@@ -139,46 +138,38 @@ class LiveRegions:
             assert 0 <= region.dead_slots < region.tokens, "a compaction leaves at least one token"
         self.regions = tuple(regions)
         self.block_size = block_size
-        self.first_token = _offsets([r.tokens for r in regions])
-        self.first_fill = _offsets([r.dead_slots for r in regions])
-        self.first_block = _offsets([len(r.block_ids) for r in regions])
-        table = np.stack(
-            [
-                self.first_token[:-1],
-                np.diff(self.first_token),
-                self.first_block[:-1],
-                self.first_fill[:-1],
-                np.diff(self.first_fill),
-            ],
-            axis=1,
-        )
-        ids = np.concatenate([np.asarray(r.block_ids) for r in regions])
+        self.first_token = list(accumulate((r.tokens for r in regions), initial=0))
+        self.first_fill = list(accumulate((r.dead_slots for r in regions), initial=0))
+        self.first_block = list(accumulate((len(r.block_ids) for r in regions), initial=0))
+        starts = zip(regions, self.first_token, self.first_block, self.first_fill, strict=False)
+        table = [(token, r.tokens, block, fill, r.dead_slots) for r, token, block, fill in starts]
         # One copy to the device for both: it is the small copies that cost.
-        packed = to_device(np.concatenate([table.ravel(), ids]), device)
-        self.requests, self.block_ids = packed[: table.size].view(table.shape), packed[table.size :]
+        packed = to_device([*chain(*table), *chain(*(r.block_ids for r in regions))], device)
+        cut = 5 * len(regions)
+        self.requests, self.block_ids = packed[:cut].view(-1, 5), packed[cut:]
 
     def __len__(self) -> int:
         return len(self.regions)
 
     @property
     def tokens(self) -> int:
-        return int(self.first_token[-1])
+        return self.first_token[-1]
 
     @property
     def fills(self) -> int:
-        return int(self.first_fill[-1])
+        return self.first_fill[-1]
 
     def token_slice(self, request: int) -> slice:
         """Where the request's tokens stand in packed scores."""
-        return slice(int(self.first_token[request]), int(self.first_token[request + 1]))
+        return slice(self.first_token[request], self.first_token[request + 1])
 
     def fill_slice(self, request: int) -> slice:
         """Where the request's hole fills stand in packed fills."""
-        return slice(int(self.first_fill[request]), int(self.first_fill[request + 1]))
+        return slice(self.first_fill[request], self.first_fill[request + 1])
 
     def blocks_of(self, request: int) -> Tensor:
         """The request's physical blocks, int32, on the device."""
-        return self.block_ids[int(self.first_block[request]) : int(self.first_block[request + 1])]
+        return self.block_ids[self.first_block[request] : self.first_block[request + 1]]
 
 
 @dataclass(frozen=True)
@@ -198,6 +189,11 @@ class QueryWeights:
     offset_mean: Tensor
     rotary_dim: int
     interleaved: bool
+
+    @cached_property
+    def means(self) -> Tensor:
+        """E[q_f], scaled, complex64 [layers, kv_heads, group, bands]."""
+        return torch.complex(self.mean_real, self.mean_imag)
 
     @property
     def group(self) -> int:
@@ -238,13 +234,9 @@ class HoleFills:
         return int((self.source >= 0).sum()) * times * row
 
 
-def to_device(numbers: np.ndarray, device: torch.device | str) -> Tensor:
+def to_device(numbers: Sequence[int] | np.ndarray, device: torch.device | str) -> Tensor:
     """Integers as int32 on the device, without waiting for it."""
-    host = torch.from_numpy(numbers.astype(np.int32))
+    host = torch.as_tensor(numbers, dtype=torch.int32)
     if torch.device(device).type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
-
-
-def _offsets(sizes: Sequence[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])

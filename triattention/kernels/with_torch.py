@@ -16,28 +16,25 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 def raw_scores(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, layers: range) -> Tensor:
     """S of each query head, fp32 [layers, kv_heads, group, tokens of all requests]."""
     rotations = weights.rotations([r.position for r in regions.regions]).to(torch.complex64).to(keys.device)
-    means = torch.complex(weights.mean_real, weights.mean_imag)
-    heads, dim, group = keys.kv_heads, keys.head_dim, weights.group
+    heads, dim, size, group = keys.kv_heads, keys.head_dim, regions.block_size, weights.group
     scores = torch.empty((len(layers), heads, group, regions.tokens), dtype=torch.float32, device=keys.device)
     for request, region in enumerate(regions.regions):
         block_ids = regions.blocks_of(request)
-        turned = as_heads(means * rotations[request], weights).transpose(-1, -2)
-        spread = weights.spread.transpose(-1, -2)
-        slots = len(block_ids) * regions.block_size
-        # As many layers at a time as stay in the cache, in the same memory: fresh pages cost more than the arithmetic.
-        step = min(len(layers), max(1, _NUMBERS_BYTES // (4 * heads * slots * dim)))
-        numbers = torch.empty((step, heads, slots, dim), dtype=torch.float32, device=keys.device)
-        magnitude = torch.empty((step, heads, region.tokens, weights.bands), dtype=torch.float32, device=keys.device)
+        blocks = len(block_ids)
+        turned = as_heads(weights.means * rotations[request], weights)
+        # As many layers at a time as stay in the cache.
+        step = max(1, _NUMBERS_BYTES // (4 * heads * blocks * size * dim))
         for first in range(layers.start, layers.stop, step):
             some = slice(first, min(first + step, layers.stop))
-            count = some.stop - some.start
-            keys.read(some, block_ids, numbers[:count])
-            tokens = numbers[:count, :, : region.tokens]
-            torch.hypot(*split(tokens, weights), out=magnitude[:count])
-            part = magnitude[:count].flatten(0, 1) @ spread[some].flatten(0, 1)
-            part.baddbmm_(tokens.flatten(0, 1), turned[some].flatten(0, 1))
+            tokens = keys.read(some, block_ids).float().reshape(-1, blocks, heads, size, dim)
+            real, imag = split(tokens, weights)
+            magnitude = real.square().addcmul_(imag, imag).sqrt_()
+            # Products with the tokens last, as `vec` keys lie: [layers, blocks, kv_heads, group, block_size].
+            part = turned[some, None] @ tokens.transpose(-1, -2)
+            part += weights.spread[some, None] @ magnitude.transpose(-1, -2)
             rows = slice(first - layers.start, some.stop - layers.start)
-            scores[rows, :, :, regions.token_slice(request)] = part.view(count, heads, -1, group).transpose(-1, -2)
+            flat = part.permute(0, 2, 3, 1, 4).flatten(3)
+            scores[rows, :, :, regions.token_slice(request)] = flat[..., : region.tokens]
     return scores
 
 

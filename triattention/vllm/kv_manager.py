@@ -5,7 +5,7 @@ blocks by vLLM's null block, as `SlidingWindowManager` and `RSWAManager` do, and
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from vllm.config import VllmConfig
@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from triattention.bounds import blocks_bound, cdiv
-from triattention.compaction import first_live_block
+from triattention.compaction import due_at, first_live_block
 from triattention.config import CompressionConfig
 from triattention.vllm.orders import CompactionOrder
 
@@ -26,7 +26,7 @@ from triattention.vllm.orders import CompactionOrder
 class CompactedAttentionSpec(FullAttentionSpec):
     """Full attention whose KV cache is compacted to `compression.budget` tokens behind the pinned prompt."""
 
-    compression: CompressionConfig
+    compression: CompressionConfig = field(hash=False)  # vLLM hashes a group's spec in every step
     decode_in_flight_tokens: int
     """Most tokens of one decoding request that are scheduled but not processed."""
     chunk_in_flight_tokens: int
@@ -104,6 +104,8 @@ class CompactedAttentionManager(FullAttentionManager):
         """The scheduler's table of requests; the scheduler shares it here after construction."""
         self.first_live: dict[str, int] = {}
         """Request id -> index of its first live block; absent until its first compaction."""
+        self.due_at: dict[str, int] = {}
+        """Request id -> processed tokens at which its next compaction is due: what every step asks of every request."""
         self.orders: list[CompactionOrder] = []
         self.compactions = 0
         self.freed_blocks = 0
@@ -124,6 +126,8 @@ class CompactedAttentionManager(FullAttentionManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Compact the request if it is due: null its dead blocks, free them and queue the order."""
+        if processed_computed_tokens < self.due_at.get(request_id, 0):
+            return
         blocks = self.req_to_blocks.get(request_id)
         if not blocks or num_prompt_tokens is None:
             return  # first allocation: prefix-cache hits are counted as processed before they are attached
@@ -131,6 +135,7 @@ class CompactedAttentionManager(FullAttentionManager):
         start = self.first_live.get(request_id, pinned)
         cut = first_live_block(processed_computed_tokens, start, self.block_size, self.config)
         if cut is None:
+            self.due_at[request_id] = due_at(start, self.block_size, self.config)
             return
         end = cdiv(processed_computed_tokens, self.block_size)
         self.orders.append(
@@ -151,6 +156,7 @@ class CompactedAttentionManager(FullAttentionManager):
         free_before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, start, cut)
         self.first_live[request_id] = cut
+        self.due_at[request_id] = due_at(cut, self.block_size, self.config)
 
         live_tokens = processed_computed_tokens - start * self.block_size
         kept_tokens = processed_computed_tokens - cut * self.block_size
@@ -159,13 +165,21 @@ class CompactedAttentionManager(FullAttentionManager):
         self.evicted_tokens += live_tokens - kept_tokens
         self.stranded_slots += kept_tokens - min(kept_tokens, self.config.budget + self.block_size - 1)
 
-    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
         """Publish hashes only until the first compaction: keys computed after it are approximate."""
         if request.request_id not in self.first_live:
-            super().cache_blocks(request, *args, **kwargs)
+            super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.first_live.pop(request_id, None)
+        self.due_at.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def bound(self, request: Request) -> int:
@@ -193,27 +207,37 @@ class CompactedAttentionManager(FullAttentionManager):
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
-        *args: Any,
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
         apply_admission_cap: bool = False,
-        **kwargs: Any,
+        prefill_end: int = 0,
     ) -> int:
         """At admission: this request's bound, and what the running ones may still grow by.
 
         With `reserve_growth` off only the tokens it has now are counted, up to the bound, as vLLM does.
         """
-        if not apply_admission_cap:
-            return super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
-        bound = self.bound(self.requests[request_id])
         growth = 0
-        if self.config.reserve_growth:
-            num_tokens = bound * self.block_size
-            growth = sum(
-                max(0, self.bound(self.requests[other]) - self.held_blocks(other))
-                for other in self.req_to_blocks
-                if other != request_id
-            )
+        if apply_admission_cap:
+            bound = self.bound(self.requests[request_id])
+            if self.config.reserve_growth:
+                num_tokens = bound * self.block_size
+                growth = sum(
+                    max(0, self.bound(self.requests[other]) - self.held_blocks(other))
+                    for other in self.req_to_blocks
+                    if other != request_id
+                )
+            num_tokens = min(num_tokens, bound * self.block_size)
+        # By position: every running request passes here in every step.
         needed = super().get_num_blocks_to_allocate(
-            request_id, min(num_tokens, bound * self.block_size), new_computed_blocks, *args, **kwargs
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
         )
         return needed + growth
 

@@ -104,9 +104,11 @@ def split_cpu_cache(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def detect_layout(layer: Attention, cache: torch.Tensor) -> Layout:
     """The layout in which vLLM's kernel stores this layer's keys and values.
 
-    `cache` gives shape and dtype only. Every number of a block gets a name of its own, written digit by digit. Raises
-    ValueError where no known layout explains all of them.
+    `cache` gives shape and dtype only: the layer's own, or what `as_numbers` reads its bytes as. Every number of a
+    block gets a name of its own, written digit by digit. Raises ValueError where no known layout explains all of them.
     """
+    stored = layer.kv_cache.dtype
+    assert cache.dtype.itemsize == stored.itemsize, f"{cache.dtype} cannot name the numbers of a cache of {stored}"
     _, heads, size, double = cache.shape
     dim = double // 2
     names = torch.arange(2 * size * heads * dim).view(2, size, heads, dim)
@@ -119,7 +121,7 @@ def detect_layout(layer: Attention, cache: torch.Tensor) -> Layout:
             # A quantised cache holds numbers divided by the layer's scales.
             keys * (layer._k_scale_float if layer.kv_cache_dtype in FP8 else 1),
             values * (layer._v_scale_float if layer.kv_cache_dtype in FP8 else 1),
-            probe.view(layer.kv_cache.dtype),
+            probe.view(stored),
             torch.arange(size, 2 * size),
         )
         key_part, value_part = split_cpu_cache(probe)

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -28,13 +29,15 @@ REPORT_INTERVAL_SECONDS = 0.02
 class CompactionScheduler(AsyncScheduler):
     """`AsyncScheduler` whose full-attention groups are compacted; without compression it only reports.
 
-    Works with synchronous scheduling as well: placeholders are then settled in the step that made them.
+    With synchronous scheduling it does what `Scheduler` does, and not what `AsyncScheduler` adds for every request and
+    step.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if compression_config(self.vllm_config) is not None:
             check_supported(self.vllm_config)
+        self.base: type[Scheduler] = AsyncScheduler if self.scheduler_config.async_scheduling else Scheduler
         self.sends_reports = sends_reports(self.vllm_config)
         self.compacted: list[CompactedAttentionManager] = [
             manager
@@ -70,7 +73,24 @@ class CompactionScheduler(AsyncScheduler):
             orders += manager.orders
             manager.orders = []
         attach_orders(output, orders)
+        if self.sends_reports:
+            self._note_peak(output)
         return output
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        self.base._update_after_schedule(self, scheduler_output)
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        return self.base._update_request_with_output(self, request, new_token_ids, is_stale)
+
+    def _note_peak(self, output: SchedulerOutput) -> None:
+        """Only what this step gave blocks to can hold more than ever before."""
+        cached = output.scheduled_cached_reqs
+        grown = [request_id for request_id, new in zip(cached.req_ids, cached.new_block_ids, strict=True) if new]
+        for request_id in (*grown, *(new.req_id for new in output.scheduled_new_reqs)):
+            self.peak_blocks_per_request = max(self.peak_blocks_per_request, self._held_by(request_id))
 
     def _note_first_compactions(self, manager: CompactedAttentionManager) -> None:
         """Their orders begin where the pinned prompt ends. A resumed request's first is not its first."""
@@ -129,7 +149,7 @@ class CompactionScheduler(AsyncScheduler):
         now = time.monotonic()
         if scheduler_output.total_num_scheduled_tokens > 0:
             self.step_seconds += now - max(self.last_update, self.last_idle)
-            self.generated_tokens += sum(len(tokens) for tokens in model_runner_output.sampled_token_ids)
+            self.generated_tokens += sum(map(len, model_runner_output.sampled_token_ids))
         self.last_update = now
         for seconds in seconds_of(model_runner_output):
             self.compaction_seconds += seconds
@@ -149,29 +169,30 @@ class CompactionScheduler(AsyncScheduler):
         stats = super().make_stats(*args, **kwargs)
         if stats is None or not self.sends_reports:
             return stats
-        held = self.held_blocks()
-        self.peak_blocks_per_request = max(self.peak_blocks_per_request, *held.values(), 0)
         now = time.monotonic()
         if now - self.last_report >= REPORT_INTERVAL_SECONDS or not self.running:
             self.last_report = now
-            stats.kv_connector_stats = {REPORT_KEY: self.report(held, stats).to_dict()}
+            stats.kv_connector_stats = {REPORT_KEY: self.report(stats).to_dict()}
             self.ended = {}
         return stats
 
     def held_blocks(self) -> dict[str, int]:
         """Request id -> blocks held, over all KV-cache groups, for every request that holds any."""
-        held: defaultdict[str, int] = defaultdict(int)
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            for request_id, blocks in manager.req_to_blocks.items():
-                held[request_id] += (
-                    manager.held_blocks(request_id)
-                    if isinstance(manager, CompactedAttentionManager)
-                    else sum(not block.is_null for block in blocks)
-                )
-        return dict(held)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        holders = dict.fromkeys(request_id for manager in managers for request_id in manager.req_to_blocks)
+        return {request_id: self._held_by(request_id) for request_id in holders}
 
-    def report(self, held: dict[str, int], stats: SchedulerStats) -> EngineReport:
+    def _held_by(self, request_id: str) -> int:
+        return sum(
+            manager.held_blocks(request_id)
+            if isinstance(manager, CompactedAttentionManager)
+            else sum(not block.is_null for block in manager.req_to_blocks.get(request_id, ()))
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+        )
+
+    def report(self, stats: SchedulerStats) -> EngineReport:
         config = self.kv_cache_config
+        held = self.held_blocks()
         chunked = any(manager.config.prompt == "compress" for manager in self.compacted)
         return EngineReport(
             block_size=self.block_size,

@@ -96,7 +96,6 @@ class CompactingWorker(Worker):
                     )
                 builder.compacted_requests = self.compacted_requests
 
-    @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         dropped = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
         self.compacted_requests -= dropped
@@ -113,6 +112,7 @@ class CompactingWorker(Worker):
                     self.compacted_requests.add(order.request_id)
         return self._timed(super().execute_model(scheduler_output))
 
+    @torch.inference_mode()
     def _carry_out(self, orders: Sequence[CompactionOrder]) -> None:
         by_group: defaultdict[int, list[CompactionOrder]] = defaultdict(list)
         for order in orders:
@@ -123,7 +123,6 @@ class CompactingWorker(Worker):
         watch.stop()
         self.timed.append((watch, len(orders)))
 
-    @torch.inference_mode()
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         return self._timed(super().sample_tokens(*args, **kwargs))
 

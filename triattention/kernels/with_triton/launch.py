@@ -1,6 +1,8 @@
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 """What the kernels' launches share: strides, tiles, and which arguments Triton may specialise on."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import triton
@@ -28,7 +30,7 @@ def strides(cache: PagedCache) -> tuple[int, int, int, int]:
     return block, head, token, number
 
 
-def tiles_of(first: np.ndarray, size: int, device: torch.device) -> Tensor:
+def tiles_of(first: Sequence[int], size: int, device: torch.device) -> Tensor:
     """Cuts every request's part into tiles of at most `size`: int32 [tiles, 2] of request and start within it."""
     counts = -(-np.diff(first) // size)
     request = np.repeat(np.arange(len(counts)), counts)
