@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test observability-check lint format clean
+.PHONY: setup demo test bench observability-check lint format clean
 
 setup: $(VENV)/.installed
 
@@ -21,8 +21,16 @@ $(VENV)/.installed: $(REQUIREMENTS) pyproject.toml
 demo: setup
 	$(RUN)/trifleet demo
 
+# Two at a time, whole files each, long ones first, what needs one thread. A fleet needs all cores for itself.
 test: setup
-	$(RUN)/python -m pytest tests
+	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/engine tests/unit tests/observability
+	$(RUN)/python -m pytest tests/k8s tests/fleet
+
+# One after the other; the figures count on a machine that does nothing else. About 25 minutes.
+BENCHES := engine http router compaction eviction trace start
+bench: setup
+	@for name in $(BENCHES); do $(RUN)/trifleet bench $$name --json benchmarks/results/$$name.json || exit 1; done
+	$(RUN)/python -m benchmarks.tables
 
 observability-check: setup
 	OBSERVABILITY_JSON=observability.json $(RUN)/python -m pytest tests/fleet/test_observability.py
