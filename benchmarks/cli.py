@@ -139,6 +139,39 @@ def router(
 
 
 @app.command()
+def trace(
+    json_path: Json = None,
+    tokens: Annotated[int, typer.Option(min=2048, help="length of the request")] = 32_768,
+) -> None:
+    """Time per output token against position, plain vLLM and ours, one long request each (about 4 minutes)."""
+    from benchmarks.long_trace import bench_long_trace
+
+    figures = bench_long_trace(tokens)
+    table = Table(title="Milliseconds per output token, taking turns")
+    for heading in ("position", "plain vLLM", "ours"):
+        table.add_column(heading, justify="right")
+    took = figures["milliseconds_per_token"]
+    for position, plain, ours in zip(figures["positions"], took["plain"], took["ours"], strict=True):
+        table.add_row(f"{position:,}", f"{plain:.2f}", f"{ours:.2f}")
+    table.caption = f"last over first: {figures['growth']['plain']:.2f} and {figures['growth']['ours']:.2f}"
+    _report(table, figures, json_path)
+
+
+@app.command()
+def start(json_path: Json = None, file: Settings = LOCAL) -> None:
+    """From `trifleet up` to the first answer, and what takes the time."""
+    from benchmarks.start import bench_start
+
+    figures = bench_start(file)
+    table = Table(title=f"A fleet of {figures['replicas']} replicas: {figures['seconds']:.1f} s to its first answer")
+    table.add_column("part")
+    table.add_column("seconds", justify="right")
+    for part, seconds in figures["parts"].items():
+        table.add_row(part, f"{seconds:.1f}")
+    _report(table, figures, json_path)
+
+
+@app.command()
 def soak(
     json_path: Json = None,
     minutes: Annotated[float, typer.Option(min=0.2, help="how long the load goes on")] = 60.0,

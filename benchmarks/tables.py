@@ -1,0 +1,142 @@
+"""Writes the tables of docs/performance.md from benchmarks/results/*.json: `python -m benchmarks.tables`.
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a result file that is missing leaves its table as it is.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(figures: dict[str, Any], name: str) -> str:
+    low, high = figures[f"{name}_quartiles"]
+    return f"**{figures[name]:.2f}** ({low:.2f} to {high:.2f})"
+
+
+def engine(figures: dict[str, Any]) -> str:
+    rows = []
+    for load in ("tight", "ample"):
+        for side in ("plain", "ours"):
+            row = figures[load][side]
+            rows.append(
+                [
+                    f"{load}, {side}",
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{row['milliseconds_per_output_token']:.1f}",
+                    f"{row['preemptions']}",
+                    f"{row['peak_blocks_per_request']}",
+                    f"{row['compaction_share']:.1%}",
+                ]
+            )
+        rows.append([f"{load}, ours over plain", spread(figures, f"ratio_{load}"), "", "", "", ""])
+    heads = ("", "tokens/s", "ms a token", "preemptions", "peak blocks a request", "compaction's share")
+    return table(heads, rows)
+
+
+def http(figures: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{figures['tokens_per_second'][side]:,.0f}",
+            f"{figures['ttft_ms_p50_under_load'][side]:.1f}",
+            f"{figures['ttft_ms_p50'][side]:.1f}",
+        ]
+        for side, name in (("vllm", "vLLM's own server"), ("fleet", "one replica behind the fleet's endpoint"))
+    ]
+    rows.append(
+        ["ratio, added", spread(figures, "ratio_tokens_per_second"), "", f"+{figures['added_ttft_ms_p50']:.1f}"]
+    )
+    return table(("", "tokens/s", "first token under load, ms", "first token alone, ms"), rows)
+
+
+def router(figures: dict[str, Any]) -> str:
+    rows = [
+        [name, *(f"{figures[f'{figure}_p{percent}_ms']:.1f} ms" for percent in (50, 99))]
+        for name, figure in (("a decision", "acquire"), ("age of the report behind it", "report_age"))
+    ]
+    rows.append(["decisions a second at most", f"{figures['acquires_per_second']:,.0f}", ""])
+    return table(("", "50th percentile", "99th percentile"), rows)
+
+
+def compaction(figures: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{figures[size]:,}",
+            f"{figures[f'seconds_{name}'] * 1000:.1f}",
+            f"{figures[f'seconds_copy_of_{copy}'] * 1000:.1f}",
+            f"{figures[f'{name}_over_copy']:.1f}",
+        ]
+        for name, size, copy in (
+            ("score", "score_bytes_read", "score_bytes"),
+            ("compact", "bytes_moved", "moved_bytes"),
+        )
+    ]
+    rows.append(["a full slide would move", f"{figures['bytes_moved_full_slide']:,}", "", "", ""])
+    return table(("", "bytes", "ms", "a copy of the same bytes, ms", "ratio"), rows)
+
+
+def trace(figures: dict[str, Any]) -> str:
+    took = figures["milliseconds_per_token"]
+    rows = [
+        [f"{position:,}", f"{plain:.2f}", f"{ours:.2f}"]
+        for position, plain, ours in zip(figures["positions"], took["plain"], took["ours"], strict=True)
+    ]
+    rows.append(["last over first", *(f"**{figures['growth'][side]:.2f}**" for side in ("plain", "ours"))])
+    return table(("position", "plain vLLM, ms a token", "ours, ms a token"), rows)
+
+
+def start(figures: dict[str, Any]) -> str:
+    rows = [[part, f"{seconds:.1f}"] for part, seconds in figures["parts"].items()]
+    return table(("part", "seconds"), [*rows, ["**altogether**", f"**{figures['seconds']:.1f}**"]])
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "engine": engine,
+    "http": http,
+    "router": router,
+    "compaction": compaction,
+    "trace": trace,
+    "start": start,
+}
+
+
+def machine_of(figures: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {figures[name]}" for name in ("vllm", "ray", "torch") if name in figures)
+    load = figures.get("load_average_before")
+    about = [f"{figures['cores']} cores" if "cores" in figures else "", versions]
+    about.append("" if load is None else f"load average before the run {load}")
+    return "; ".join(part for part in about if part)
+
+
+def renewed(page: str, results: Path = RESULTS) -> str:
+    """The page with every table that has a result file made anew. Raises ValueError where its markers are missing."""
+    for name, render in TABLES.items():
+        file = results / f"{name}.json"
+        if not file.exists():
+            continue
+        figures = json.loads(file.read_text())
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(page):
+            raise ValueError(
+                f"{begin} ... {end} is missing in the page: add it where the table of {file.name} belongs."
+            )
+        about = machine_of(figures)
+        body = f"{begin}\n{render(figures)}\n" + (f"\n{about}\n" if about else "") + end
+        page = pattern.sub(body.replace("\\", r"\\"), page)
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text()))
