@@ -39,6 +39,8 @@ def engine(figures: dict[str, Any]) -> str:
                 ]
             )
         rows.append([f"{load}, ours over plain", spread(figures, f"ratio_{load}"), "", "", "", ""])
+    ceiling = figures["ample"]["plain"]["tokens_per_second"] / figures["tight"]["plain"]["tokens_per_second"]
+    rows.append(["ample, plain over tight, plain", f"{ceiling:.2f}", "", "", "", ""])
     heads = ("", "tokens/s", "ms a token", "preemptions", "peak blocks a request", "compaction's share")
     return table(heads, rows)
 
