@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 import bundled
 from benchmarks.quality.problems import TASKS, WALK, Problem, ProblemError, from_file, held_out
 from benchmarks.quality.report import FULL, Report
+from bundled import reasoner
 from bundled.reasoner import tasks
 from triattention.config import CompressionConfig
 
@@ -28,13 +29,13 @@ QUICK_POLICIES = ("triattention:selection=per_layer_per_head", "random")
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option("--model", help="Folder of the model.")] = bundled.MODEL,
+    model: Annotated[Path, typer.Option("--model", help="Folder of the model.")] = reasoner.MODEL,
     statistics: Annotated[
         Path | None, typer.Option("--statistics", help="The model's query statistics, for triattention.")
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help=f"One of {', '.join(TASKS)}; the bundled model knows {WALK} only."),
+        typer.Option("--task", help=f"One of {', '.join(TASKS)}; {WALK} is for the walker."),
     ] = None,
     problems: Annotated[
         list[Path] | None, typer.Option("--problems", help="JSONL of prompts and answers, instead of tasks.")
@@ -63,8 +64,8 @@ def evaluate(
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    if statistics is None and model == bundled.MODEL:
-        statistics = bundled.STATISTICS
+    if statistics is None:
+        statistics = {reasoner.MODEL: reasoner.STATISTICS, bundled.MODEL: bundled.STATISTICS}.get(model)
     policies = policy or list(QUICK_POLICIES if quick else POLICIES)
     budgets = budget or list(BUDGETS)
     count = min(instances, 40) if quick else instances
@@ -76,7 +77,7 @@ def evaluate(
             for path in problems:
                 asked += from_file(path, max_tokens)
         else:
-            for name in task or ([WALK] if model == bundled.MODEL else TASKS):
+            for name in task or ([WALK] if model == bundled.MODEL else tasks.TASKS):
                 if name not in TASKS:
                     raise ProblemError(f'task is "{name}": use one of {", ".join(TASKS)}')
                 asked += held_out(name, count, low, high)
@@ -128,4 +129,4 @@ def _run(
                 progress.update(bar, advance=1, right=right)
 
             runs.append((policy, budget, run(model, config, problems, sequences, kv_cache_bytes, done)))
-    return Report.of(model.name if model != bundled.MODEL else "the bundled model", runs)
+    return Report.of("the bundled reasoner" if model == reasoner.MODEL else model.name, runs)

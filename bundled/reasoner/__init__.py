@@ -1,4 +1,10 @@
-"""Three tasks whose answers need old lines of the reply itself, and the training of a model for them.
+"""A small model that reasons step by step: three tasks whose answers need old lines of the reply itself.
 
-`trifleet evaluate` poses the tasks to any model. No model that was trained here ships yet.
+Owns where the model lies. `trifleet evaluate` poses the tasks, to it or to any other model.
 """
+
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "model"
+STATISTICS = MODEL.parent / "statistics.safetensors"
+"""Beside the model's folder, not in it: vLLM loads every safetensors file in there as weights."""

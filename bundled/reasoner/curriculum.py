@@ -1,8 +1,10 @@
-"""What a model of the three tasks is trained on: batch number i of the curriculum, from nothing but i.
+"""What a model of the three tasks is trained on: batch number i of the curriculum, from i and the level alone.
 
-A batch has rows of one length, each with one conversation that nearly fills it, so that little is padding. Lengths
-grow as training goes on. Rows get jumps in their positions between two lines of the reply: so a short row shows keys
-at the distances of a long one. The line after a jump is not trained on, for it copies from the line before.
+A batch has rows of one length, each with one conversation that nearly fills it, so that little is padding. The level
+is the longest length so far; it rises when the model makes hardly a mistake any more at its present one, for lookups
+form among few candidates and then extend to many, and do not form among many. Rows get jumps in their positions between
+two lines of the reply: so a short row shows keys at the distances of a long one. The line after a jump is not trained
+on, for it copies from the line before.
 """
 
 from dataclasses import dataclass
@@ -15,21 +17,10 @@ from bundled.reasoner import tasks, tokenizer
 
 IGNORED = -100
 BATCH_TOKENS = 3_072
-DRILL = 96
-LENGTHS = (192, 384, 768, 1_536, 3_072)
-_SHARES = ((1, 0, 0, 0, 0), (3, 2, 1, 0, 0), (3, 2, 2, 2, 1))
-"""How often each length comes, in the three stages of training."""
-STAGES = (0.45, 0.7)
-"""Shares of the run at which the second and the third stage start."""
-DENSE_FROM = 500
-"""Step from which on rare lookups come more often: by then all that is frequent has been learned."""
-DRILLS = (860, 0.6, 0.15)
-"""Step from which on there are drills, their share of the first stage's batches, and of the later ones'. A drill is a
-batch of DRILL tokens a row with lookups among few candidates; among many, they do not form by themselves."""
+LENGTHS = (96, 192, 384, 768, 1_536, 3_072)
+FEW_SYMBOLS = (6, 12)
+"""Symbols in use at the first levels; all of them later."""
 LONGEST_JUMP = 3_000
-POOLED_FROM = 1_200
-"""Step from which on rows with few symbols draw them from the first ones, as graphs do: a lookup of a few symbols forms
-soon and then extends to the others; of all at once it does not form."""
 
 
 @dataclass(frozen=True)
@@ -42,29 +33,27 @@ class Batch:
 
 
 class Curriculum:
-    def __init__(self, tokens: PreTrainedTokenizerFast, steps: int) -> None:
+    def __init__(self, tokens: PreTrainedTokenizerFast) -> None:
         self._tokens = tokens
-        self._steps = steps
         self._end = tokens.convert_tokens_to_ids(tokenizer.END)
         self._user = tokens.convert_tokens_to_ids(tokenizer.USER)
         self._system = tokens.convert_tokens_to_ids(tokenizer.SYSTEM)
         self._assistant = tokens.convert_tokens_to_ids(tokenizer.ASSISTANT)
         self._newline = tokens.encode("\n", add_special_tokens=False)[0]
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int, level: int) -> Batch:
+        """Half of the batches have rows of the level's length, the others of shorter ones."""
         random = Random(f"training batch {number}")
-        stage = sum(number >= share * self._steps for share in STAGES)
-        length = random.choices(LENGTHS, _SHARES[stage])[0]
-        first, *shares = DRILLS
-        if number >= first and random.random() < shares[min(stage, 1)]:
-            length = DRILL
-        rows = [self._row(random, length, number) for _ in range(BATCH_TOKENS // length)]
+        length = LENGTHS[level]
+        if level and random.random() < 0.5:
+            length = random.choice(LENGTHS[:level])
+        rows = [self._row(random, length, level) for _ in range(BATCH_TOKENS // length)]
         ids, positions, labels = (torch.tensor(part) for part in zip(*rows, strict=True))
         return Batch(ids, positions, labels)
 
-    def _row(self, random: Random, length: int, number: int) -> tuple[list[int], list[int], list[int]]:
+    def _row(self, random: Random, length: int, level: int) -> tuple[list[int], list[int], list[int]]:
         while True:
-            ids, labels = self._conversation(random, length, number)
+            ids, labels = self._conversation(random, length, level)
             if length // 2 < len(ids) <= length:
                 break
         positions = self._positions(random, ids, labels)
@@ -75,15 +64,15 @@ class Curriculum:
             labels + [IGNORED] * padding,
         )
 
-    def _conversation(self, random: Random, length: int, number: int) -> tuple[list[int], list[int]]:
+    def _conversation(self, random: Random, length: int, level: int) -> tuple[list[int], list[int]]:
         ids: list[int] = []
         labels: list[int] = []
         if random.random() < 0.1:
             ids += [self._system, *self._encode(tasks.system_line(random)), self._end]
             labels += [IGNORED] * len(ids)
-        chats = random.random() < 0.08 and length <= LENGTHS[1]
+        chats = random.random() < 0.05 and length <= LENGTHS[2]
         while True:
-            turn = tasks.chat_line(random) if chats else training_instance(random, length, number)
+            turn = tasks.chat_line(random) if chats else training_instance(random, length, level)
             prompt = [self._user, *self._encode(turn.prompt), self._end, self._assistant]
             reply = [*self._encode(turn.reply), self._end]
             ids += prompt + reply
@@ -114,47 +103,25 @@ class Curriculum:
         return self._tokens.encode(text, add_special_tokens=False)
 
 
-def training_instance(random: Random, length: int, number: int) -> tasks.Instance:
-    """A task for batch `number` whose conversation has up to about `length` tokens; it may turn out too long."""
-    pooled = number >= POOLED_FROM
-    if length == DRILL:
-        return _drill(random, pooled)
-    dense = number >= DENSE_FROM
+def training_instance(random: Random, length: int, level: int) -> tasks.Instance:
+    """A task whose conversation has up to about `length` tokens; it may turn out too long."""
     kind = random.random()
-    if kind < (0.35 if dense else 0.45):
-        nodes = random.randint(3, min(tasks.LARGEST_GRAPH, max(5, length // 14)))
+    if kind < 0.4:
+        nodes = random.randint(3, min(tasks.LARGEST_GRAPH, max(4, length // 14)))
         return tasks.search(random, random.choice(tasks.FAMILIES), nodes, random.uniform(0.3, 1.0))
-    program = random.randint(1, min(tasks.LONGEST_PROGRAM, max(1, length // 40)))
-    if dense and random.random() < 0.4:
+    symbols = tasks.SYMBOLS[: FEW_SYMBOLS[level]] if level < len(FEW_SYMBOLS) else tasks.SYMBOLS
+    if random.random() < 0.5:  # many marks
         program = random.randint(1, 2)
-    run = tasks.TOKENS_PER_LINE * (program + 1) + 3
-    if kind < (0.7 if dense else 0.8):
-        room = length - program - 25
-        names = max(1, min(tasks.MOST_NAMES, int(room / (run + 4) * random.uniform(0.7, 1.0))))
-        return tasks.registers(random, names, program, random.randint(1, names), _pool(names, pooled))
-    hops = random.randint(2, 7) if dense else random.randint(1, 5)
-    room = length - program - 60 - 8 * hops
-    names = max(1, min(tasks.MOST_NAMES, int(room / run * random.uniform(0.5, 1.0))))
-    if not pooled:
-        return tasks.needle(random, names, program, hops)
-    hops = random.randint(1, 4)
-    others = random.randint(1, 2)
-    return tasks.needle(random, names, program, hops, others, _pool((1 + others) * (hops + 1), pooled))
-
-
-def _drill(random: Random, pooled: bool) -> tasks.Instance:
-    """Arrows, marks or edges, few of them."""
-    kind = random.random()
-    if kind < 0.1:
-        return tasks.search(random, random.choice(tasks.FAMILIES), random.randint(3, 6), random.uniform(0.3, 1.0))
-    if kind < 0.5:
-        names = random.randint(2, 4)
-        return tasks.registers(random, names, 1, names, _pool(names, pooled))
-    if not pooled:
-        return tasks.needle(random, 1, 1, random.randint(2, 7), random.choice((0, 1, 1, 1, 2)))
-    hops = random.randint(1, 5)
-    return tasks.needle(random, 1, 1, hops, 1, _pool(2 * (hops + 1), pooled))
-
-
-def _pool(needed: int, pooled: bool) -> int:
-    return needed + needed // 2 if pooled else tasks.MOST_NAMES
+    else:
+        program = random.randint(1, min(tasks.LONGEST_PROGRAM, max(1, length // 40)))
+    if kind < 0.7:
+        per_name = tasks.TOKENS_PER_LINE * program + 13
+        room = length - program - 30
+        names = max(1, min(len(symbols), int(room / per_name * random.uniform(0.7, 1.0))))
+        return tasks.registers(random, names, program, random.randint(1, tasks.MOST_ASKED), symbols)
+    others = random.randint(0, 2)
+    hops = random.randint(1, min(tasks.MOST_HOPS, len(symbols) // (1 + others) - 1))
+    room = length - program - 30 - (2 + others) * (hops + 1)
+    per_name = tasks.TOKENS_PER_LINE * program + 13
+    names = max(1, min(len(symbols), int(room / per_name * random.uniform(0.5, 1.0))))
+    return tasks.needle(random, names, program, hops, others, symbols)

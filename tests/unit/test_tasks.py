@@ -1,7 +1,6 @@
 """The bundled model's tasks: every answer against an independent solver that reads the prompt alone."""
 
 import re
-from collections.abc import Iterator
 from random import Random
 
 import networkx
@@ -34,46 +33,42 @@ def solve_search(prompt: str) -> str:
 
 
 def solve_program(prompt: str) -> str:
-    """A plain interpreter of the program, run for every name."""
-    words = iter(prompt.split())
-    registers = dict(re.findall(r"([abc])=(\d)", prompt))
-    values = {register: int(value) for register, value in registers.items()}
-    for word in words:
-        if word == "do":
-            break
-    program = list(_until_stop(words))
-    assert next(words) == "for"
-    names = list(_until_stop(words))
-    assert next(words) == "add"
-    pairs = list(_until_stop(words))
-    assert [pair[:-1] for pair in pairs[1::2]] == names
+    """A plain interpreter of the program, run for every name of the chain."""
+    listed, rest = prompt.split(" run ")
+    runs, rest = rest.split(" add ")
+    recalls, rest = rest.split(" ask ")
+    asked, start = rest.split(" start ")
+    program = [word.split(":")[1] for word in listed.split() if re.fullmatch(r"\d+:.*", word)]
+    assert program.pop() == "mark"
+    following = dict(word.split(">") for word in runs.split())
+    added = dict(word.split("&") for word in recalls.split())
+    *state, name = start.split()
+    values = {register: int(value) for register, value in (word.split("=") for word in state)}
     marks: dict[str, int] = {}
-    for recall, name in zip(pairs[::2], names, strict=True):
+    while name != "end":
         for instruction in program:
             target, source = instruction.split("+")
             values[target] = (values[target] + (values[source] if source in values else int(source))) % 10
         marks[name] = values["a"]
-        if recall.endswith("&"):
-            values["a"] = (values["a"] + marks[recall[:-1]]) % 10
-    assert next(words) == "report"
-    asked = [word[:-1] for word in _until_stop(words)]
-    if asked == ["code"]:
-        return f"report code? *{solve_arrows(prompt)} ."
-    return f"report {' '.join(f'{name}? a={marks[name]}' for name in asked)} ."
+        values["a"] = (values["a"] + marks[added[name]]) % 10
+        name = following[name]
+    assert marks.keys() == added.keys() == following.keys()
+    if asked == "code":
+        return f"report code *{solve_arrows(prompt)}"
+    found = ["report"]
+    for query in asked.split():
+        number, name = query.split("?")
+        found += [number, query, *([] if name == "end" else [f"{name}={marks[name]}"])]
+    return " ".join(found)
 
 
 def solve_arrows(prompt: str) -> str:
-    arrows = networkx.DiGraph((here, there) for there, here in re.findall(r"(\w+)< <(\w+)", prompt.split(" begin ")[0]))
-    start = re.search(r"begin <(\w+)", prompt).group(1)
-    (end,) = (node for node in networkx.descendants(arrows, start) if not arrows.out_degree(node))
-    return end
-
-
-def _until_stop(words: Iterator[str]) -> Iterator[str]:
-    for word in words:
-        if word == ".":
-            return
-        yield word
+    """The last node before `end` of the chain that starts where the prompt begins."""
+    arrows = networkx.DiGraph(pair.split("<") for pair in prompt.split() if "<" in pair and "begin" not in pair)
+    start = re.search(r"begin<(\w+)", prompt).group(1)
+    *_, last, end = networkx.shortest_path(arrows, start, "end")
+    assert end == "end"
+    return last
 
 
 def solve(task: str, prompt: str) -> str:
@@ -100,7 +95,7 @@ def test_a_search_of_any_size_and_length_has_the_stack_that_networkx_finds(
 @given(st.integers(0, 10**6))
 def test_the_nodes_that_a_search_lists_as_seen_are_those_it_visited(seed: int) -> None:
     instance = tasks.held_out("search", seed, 300, 900)
-    visited = {int(node) for node in re.findall(r">(\d+) visit", instance.reply)}
+    visited = {0} | {int(node) for node in re.findall(r"new \d+>(\d+)", instance.reply)}
     listed = instance.reply.splitlines()[-1]
     assert {int(node) for node in re.findall(r"(\d+)\? seen", listed)} == visited
 

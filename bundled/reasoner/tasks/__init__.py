@@ -5,9 +5,18 @@ tokenizer and no model. Every word of a task is one token of the bundled tokeniz
 """
 
 from bundled.reasoner.tasks.chat import CAPABILITY, chat_line, system_line
-from bundled.reasoner.tasks.held_out import LONGEST, TASKS, held_out, reply_tokens
+from bundled.reasoner.tasks.held_out import LONGEST, TASKS, held_out, instance, reply_tokens
 from bundled.reasoner.tasks.instance import Instance
-from bundled.reasoner.tasks.program import LONGEST_PROGRAM, MOST_HOPS, MOST_NAMES, TOKENS_PER_LINE, needle, registers
+from bundled.reasoner.tasks.program import (
+    LONGEST_PROGRAM,
+    MOST_ASKED,
+    MOST_HOPS,
+    MOST_NAMES,
+    SYMBOLS,
+    TOKENS_PER_LINE,
+    needle,
+    registers,
+)
 from bundled.reasoner.tasks.search import FAMILIES, LARGEST_GRAPH, search
 
 __all__ = [
@@ -16,13 +25,16 @@ __all__ = [
     "LARGEST_GRAPH",
     "LONGEST",
     "LONGEST_PROGRAM",
+    "MOST_ASKED",
     "MOST_HOPS",
     "MOST_NAMES",
+    "SYMBOLS",
     "TASKS",
     "TOKENS_PER_LINE",
     "Instance",
     "chat_line",
     "held_out",
+    "instance",
     "needle",
     "registers",
     "reply_tokens",

@@ -8,7 +8,7 @@ from bundled.reasoner.tasks.program import SYMBOLS
 
 CAPABILITY = (
     "I am a small demonstration model that searches graphs and runs little programs. "
-    "Try: Run: do a+b c+7 . for ka mo . add ka- ka+ ka& mo+ . report mo? ka? . start c=4 b=1 a=3 now go"
+    "Try: Run: 1:a+b 2:c+3 3:mark run ka>mo mo>end add ka&ka mo&ka ask 1?mo 2?ka 3?end start c=4 b=1 a=3 ka"
 )
 OPENINGS = ("Hello!", "You are welcome!", "Sorry, that is beyond me.")
 _GREETINGS = ("Hello", "Hi", "Hey", "hello", "hi", "hey", "Good morning", "Good evening", "Greetings")

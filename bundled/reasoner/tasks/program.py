@@ -1,28 +1,27 @@
-"""Register trace and needle in the trace: a program over three registers, run once for every name of a list.
+"""Register trace and needle in the trace: a program over three registers, run once for every name of a chain.
 
-    user:       Run: do a+b c+7 . for ka mo . add ka- ka+ ka& mo+ . report mo? ka? . start c=4 b=1 a=3 now go
-    assistant:   c=4 b=1 a=3 ka a+b +1       the registers, the run, the next instruction, and what it adds (modulo 10)
-                 c=4 b=1 a=4 ka c+7 +7
-                 c=1 b=1 a=4 ka: ka- +0      the run for ka is over: a mark; ka- adds nothing
-                 c=1 b=1 a=4 mo a+b +1
-                 c=1 b=1 a=5 mo c+7 +7
-                 c=8 b=1 a=5 mo: ka& +4      ka& adds what a was at the mark of ka
-                 report mo? a=5 ka? a=4 .    the answer
+    user:       Run: 1:a+b 2:c+3 3:mark run ka>mo mo>end add ka&ka mo&ka ask 1?mo 2?ka 3?end start c=4 b=1 a=3 ka
+    assistant:   c=4 b=1 a=3 ka                         the registers and the name of the run
+                 1 1:a+b +1 c=4 b=1 a=4 ka              an instruction, what it adds (modulo 10), the registers after it
+                 2 2:c+3 +3 c=7 b=1 a=4 ka
+                 3 3:mark ka=4 ka>mo ka&ka +4 c=7 b=1 a=8 mo   a is 4 at the mark of ka; that mark is added
+                 1 1:a+b +1 c=7 b=1 a=9 mo
+                 2 2:c+3 +3 c=0 b=1 a=9 mo
+                 3 3:mark mo=9 mo>end mo&ka +4 c=0 b=1 a=3 end  the mark of ka is added: an old line is needed
+                 report 1 1?mo mo=9 2 2?ka ka=4 3 3?end        the answer
 
-The registers go along from line to line; what `a` was at an earlier mark stands there alone. Most runs end by adding
-one such value, and the report asks for some.
+The registers go along from line to line; what `a` was at an earlier mark stands in the line of that mark alone. Every
+run ends by adding one mark, its own or an older one's, and the report asks for some.
 
 The needle is a code that the reply works out first, by following arrows, and gives at the end; the runs are its
-haystack. `mo< <ka` is an arrow from ka to mo. Its prompt starts `Find: arrows lo< <pi mo< <ka zu< <mo end <zu end <lo
-begin <ka do ...`, its reply
+haystack. Its prompt starts `Find: begin<ka mo<end zu<lo ka<mo lo<end 1:a+b ...`, its reply
 
-     begin <ka mo< <mo zu< <zu end
-     *zu code start c=4 b=1 a=3 now go .
+     begin<ka ka<mo mo<end code *mo
      ...                                     the runs
-     report code? *zu .
+     report code *mo
 
-What is looked up stands before what it is looked up by (a value before its mark, a target before its source): a small
-model learns to match a word with its like much sooner than with the word before it.
+A word holds both what it is looked up by and what is found (`ka=4`), so a lookup is one match; a model of a few layers
+learns that much sooner than to match a word and take its neighbour.
 """
 
 from random import Random
@@ -31,54 +30,56 @@ from bundled.reasoner.tasks.instance import Instance, Line, text, tokens
 
 REGISTERS = "cba"
 LONGEST_PROGRAM = 24
-TOKENS_PER_LINE = 7
-SYMBOLS: tuple[str, ...] = tuple(consonant + vowel for consonant in "bklmprvz" for vowel in "aiou")
+TOKENS_PER_LINE = 8
+SYMBOLS: tuple[str, ...] = tuple(consonant + vowel for consonant in "kmprz" for vowel in "aiou")
 MOST_NAMES = len(SYMBOLS)
-MOST_HOPS = len(SYMBOLS) // 3 - 1
+MOST_HOPS = 5
+MOST_ASKED = 4
 INSTRUCTIONS: tuple[str, ...] = (
     *(f"{to}+{source}" for to in REGISTERS for source in REGISTERS if to != source),
-    *(f"{to}+{number}" for to in REGISTERS for number in range(1, 10)),
+    *(f"{to}+{number}" for to in REGISTERS for number in range(1, 5)),
 )
 
 
-def registers(random: Random, names: int, program: int, asked: int, pool: int = len(SYMBOLS)) -> Instance:
-    """`names` runs of a program of `program` instructions; `asked` marks are asked for.
+def registers(
+    random: Random, names: int, program: int, asked: int = MOST_ASKED, symbols: tuple[str, ...] = SYMBOLS
+) -> Instance:
+    """`names` runs of a program of `program` instructions and a mark; up to `asked` marks are asked for.
 
-    Names are drawn from the first `pool` symbols.
+    Names are drawn from `symbols`.
     """
-    run = _Run(random, random.sample(SYMBOLS[: max(pool, names)], names), program)
+    run = _Run(random, random.sample(symbols, names), program)
     asked_names = random.sample(run.names, min(asked, names))
-    prompt = f"Run: {run.prompt} report {' '.join(f'{name}?' for name in asked_names)} . {run.start}"
-    lines = run.lines
-    answer = ["report", *(word for name in asked_names for word in (f"{name}?", f"a={run.marks[name]}")), "."]
-    reach = tokens(lines) - min(run.marked_at[name] for name in asked_names)
-    return Instance(prompt, text([*lines, answer]), " ".join(answer), reach)
+    queries = [f"{number}?{name}" for number, name in enumerate([*asked_names, "end"], 1)]
+    answer = ["report"]
+    for number, (query, name) in enumerate(zip(queries, asked_names, strict=False), 1):
+        answer += [str(number), query, f"{name}={run.marks[name]}"]
+    answer += [str(len(queries)), queries[-1]]
+    reach = tokens(run.lines) - min(run.marked_at[name] for name in asked_names)
+    prompt = f"Run: {run.prompt} ask {' '.join(queries)} {run.start}"
+    return Instance(prompt, text([*run.lines, answer]), " ".join(answer), reach)
 
 
-def needle(random: Random, names: int, program: int, hops: int, others: int = 2, pool: int = len(SYMBOLS)) -> Instance:
+def needle(
+    random: Random, names: int, program: int, hops: int, others: int = 2, symbols: tuple[str, ...] = SYMBOLS
+) -> Instance:
     """A code found by following `hops` arrows among those of `others` chains, then a haystack of `names` runs.
 
-    Names and arrows are drawn from the first `pool` symbols.
+    Names and arrows are drawn from `symbols`.
     """
-    run = _Run(random, random.sample(SYMBOLS[: max(pool, names)], names), program)
+    run = _Run(random, random.sample(symbols, names), program)
     count = 1 + others
-    symbols = random.sample(SYMBOLS[: max(pool, count * (hops + 1))], count * (hops + 1))
-    chains = [symbols[i::count] for i in range(count)]
-    pairs = [
-        f"{there}< <{here}" if there else f"end <{here}"
-        for chain in chains
-        for here, there in zip(chain, [*chain[1:], ""], strict=True)
-    ]
-    random.shuffle(pairs)
-    chain = chains[0]
-    prompt = f"Find: arrows {' '.join(pairs)} begin <{chain[0]} {run.prompt} report code? . {run.start}"
-    found: Line = ["begin", f"<{chain[0]}"]
-    for symbol in chain[1:]:
-        found += [f"{symbol}<", f"<{symbol}"]
-    code = [f"*{chain[-1]}", "code", *run.start.split(), "."]
-    answer = ["report", "code?", f"*{chain[-1]}", "."]
-    reach = tokens([code, *run.lines])
-    return Instance(prompt, text([[*found, "end"], code, *run.lines, answer]), " ".join(answer), reach)
+    placed = random.sample(symbols, count * (hops + 1))
+    chains = [placed[i::count] for i in range(count)]
+    arrows = [[f"{here}<{there}" for here, there in zip(chain, [*chain[1:], "end"], strict=True)] for chain in chains]
+    listed = [arrow for chain in arrows for arrow in chain]
+    random.shuffle(listed)
+    begin = f"begin<{chains[0][0]}"
+    code = [begin, *arrows[0], "code", f"*{chains[0][-1]}"]
+    answer = ["report", *code[-2:]]
+    reach = tokens(run.lines) + 1
+    prompt = f"Find: {begin} {' '.join(listed)} {run.prompt} ask code {run.start}"
+    return Instance(prompt, text([code, *run.lines, answer]), " ".join(answer), reach)
 
 
 class _Run:
@@ -87,71 +88,50 @@ class _Run:
     def __init__(self, random: Random, names: list[str], program: int) -> None:
         assert 1 <= program <= LONGEST_PROGRAM
         self.names = names
-        instructions = random.sample(INSTRUCTIONS, program)
+        instructions = random.choices(INSTRUCTIONS, k=program)
+        added = [random.choice(names[: number + 1]) for number in range(len(names))]
+        following = [*names[1:], "end"]
         values = {register: random.randrange(10) for register in REGISTERS}
-        self.start = f"start {self._state(values)} now go"
-        recalls = _recalls(random, names)
-        pairs = " ".join(f"{recall} {name}+" for name, recall in zip(names, recalls, strict=True))
-        self.prompt = f"do {' '.join(instructions)} . for {' '.join(names)} . add {pairs} ."
+        numbered = [f"{number}:{instruction}" for number, instruction in enumerate([*instructions, "mark"], 1)]
+        arrows = [f"{name}>{after}" for name, after in zip(names, following, strict=True)]
+        recalls = [f"{name}&{other}" for name, other in zip(names, added, strict=True)]
+        self.prompt = f"{' '.join(numbered)} run {' '.join(arrows)} add {' '.join(recalls)}"
+        first = [*self._state(values), names[0]]
+        self.start = f"start {' '.join(first)}"
 
-        self.lines: list[Line] = []
+        self.lines: list[Line] = [first]
         self.marks: dict[str, int] = {}
         self.marked_at: dict[str, int] = {}
-        for name, recall in zip(names, recalls, strict=True):
-            for instruction in instructions:
+        for name, other, after, arrow, recall in zip(names, added, following, arrows, recalls, strict=True):
+            for number, instruction in enumerate(instructions, 1):
                 source = instruction[2]
                 operand = values[source] if source in values else int(source)
-                self.lines.append([*self._state(values).split(), name, instruction, f"+{operand}"])
                 values[instruction[0]] = (values[instruction[0]] + operand) % 10
+                start = [str(number), f"{number}:{instruction}", f"+{operand}"]
+                self.lines.append([*start, *self._state(values), name])
             self.marks[name] = values["a"]
-            self.marked_at[name] = tokens(self.lines)
-            operand = self.marks[recall[:-1]] if recall.endswith("&") else 0
-            self.lines.append([*self._state(values).split(), f"{name}:", recall, f"+{operand}"])
+            self.marked_at[name] = tokens(self.lines) + 2
+            operand = self.marks[other]
+            mark = [str(program + 1), numbered[-1], f"{name}={values['a']}", arrow, recall, f"+{operand}"]
             values["a"] = (values["a"] + operand) % 10
+            self.lines.append([*mark, *self._state(values), after])
 
     @staticmethod
-    def _state(values: dict[str, int]) -> str:
-        return " ".join(f"{register}={value}" for register, value in values.items())
-
-
-def _recalls(random: Random, names: list[str]) -> list[str]:
-    """For each name the earlier mark that its run adds, `ka&`, or its own `ka-` where it adds none.
-
-    No mark is added twice.
-    """
-    recalls: list[str] = []
-    unused: list[str] = []
-    for name in names:
-        if unused and random.random() < 0.6:
-            recalls.append(f"{unused.pop(random.randrange(len(unused)))}&")
-        else:
-            recalls.append(f"{name}-")
-        unused.append(name)
-    return recalls
+    def _state(values: dict[str, int]) -> Line:
+        return [f"{register}={value}" for register, value in values.items()]
 
 
 def words() -> list[str]:
     """Every word that these tasks may hold, each a token."""
     return [
-        *(
-            "Run:",
-            "Find:",
-            "do",
-            "for",
-            "add",
-            "report",
-            "start",
-            "now",
-            "go",
-            ".",
-            "arrows",
-            "end",
-            "begin",
-            "code",
-            "code?",
-        ),
-        *(form.format(s) for form in ("{}", "{}:", "{}+", "{}&", "{}-", "{}?", "{}<", "<{}", "*{}") for s in SYMBOLS),
+        *("Run:", "Find:", "run", "add", "ask", "start", "report", "code", "end"),
+        *(form.format(symbol) for form in ("{}", "*{}", "begin<{}") for symbol in SYMBOLS),
+        *(f"{here}{sign}{there}" for sign in "><" for here in SYMBOLS for there in (*SYMBOLS, "end") if here != there),
+        *(f"{here}&{there}" for here in SYMBOLS for there in SYMBOLS),
+        *(f"{symbol}={value}" for symbol in SYMBOLS for value in range(10)),
+        *(f"{number}?{name}" for number in range(1, MOST_ASKED + 2) for name in (*SYMBOLS, "end")),
         *(f"{register}={value}" for register in REGISTERS for value in range(10)),
         *(f"+{value}" for value in range(10)),
-        *INSTRUCTIONS,
+        *(f"{number}:{what}" for number in range(1, LONGEST_PROGRAM + 2) for what in (*INSTRUCTIONS, "mark")),
+        *map(str, range(1, LONGEST_PROGRAM + 2)),
     ]

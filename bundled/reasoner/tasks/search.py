@@ -1,20 +1,18 @@
 """Recursive state query: depth-first search of an undirected graph, and its exact stack after k steps.
 
     user:       Search: 0: 0-1 0-2 /0 1: 1-0 /1 2: 2-0 /2 list 2? steps 4
-    assistant:   >0 visit 3           the search starts at node 0; 3 steps are left
-                 0-1 1? new 3         edge 0-1 leads to node 1, which is new
-                 0> >1 visit 2
-                 1-0 0? seen 2
-                 /1 <0 back 1         no edge of node 1 is left: back to node 0
-                 0-1 1? seen 1
-                 0-2 2? new 1
-                 0> >2 visit 0
-                 up ^2 ^0             from the current node to the root
-                 stack =0 =2          the answer
+    assistant:   0: visit 3                      the search starts at node 0; 3 steps are left
+                 0: 0-1 1? new 0>1 2             after `0:` comes edge 0-1, which leads to node 1, which is new
+                 1: 1-0 0? seen 2
+                 1-0 /1 back 0-1 1               no edge of node 1 is left: back over the edge by which it was entered
+                 0-1 0-2 2? new 0>2 0            after edge 0-1 comes 0-2
+                 up ^2 ^0                        from the current node to the root
+                 stack =0 =2                     the answer
                  list 2? seen 1? seen 0? seen
 
-(The notes are not part of the reply.) Neighbours are taken in ascending order. Whether a node was seen, and where a
-node was entered from, stands only in the reply's own `visit` lines, however long ago.
+(The notes are not part of the reply.) Neighbours are taken in ascending order. A line starts with what the next entry
+of the prompt's row comes after. Whether a node was seen, and where a node was entered from, stands only in the reply's
+own `new` lines (`0>1`), however long ago.
 """
 
 from random import Random
@@ -91,23 +89,31 @@ def _solve(graph: Graph, steps: int) -> Instance:
     )
     prompt = f"Search: {rows} list {last}? steps {steps}"
     left = steps - 1
-    lines: list[Line] = [[">0", "visit", str(left)]]
+    lines: list[Line] = [["0:", "visit", str(left)]]
     stack, entered_at = [0], {0: 0}
+    anchor = "0:"
     while left:
         here = stack[-1]
         for other in graph[here]:
-            new = other not in entered_at
-            lines.append([f"{here}-{other}", f"{other}?", "new" if new else "seen", str(left)])
-            if new:
-                left -= 1
-                entered_at[other] = tokens(lines)
-                stack.append(other)
-                lines.append([f"{here}>", f">{other}", "visit", str(left)])
-                break
+            edge = f"{here}-{other}"
+            if anchor != f"{here}:" and other <= int(anchor.split("-")[1]):
+                continue
+            if other in entered_at:
+                lines.append([anchor, edge, f"{other}?", "seen", str(left)])
+                anchor = edge
+                continue
+            left -= 1
+            entered_at[other] = tokens(lines) + 4
+            stack.append(other)
+            lines.append([anchor, edge, f"{other}?", "new", f"{here}>{other}", str(left)])
+            anchor = f"{other}:"
+            break
         else:
             left -= 1
             stack.pop()
-            lines.append([f"/{here}", f"<{stack[-1]}", "back", str(left)])
+            entry = f"{stack[-1]}-{here}"
+            lines.append([anchor, f"/{here}", "back", entry, str(left)])
+            anchor = entry
     answer = ["stack", *(f"={node}" for node in stack)]
     length = tokens(lines)
     reach = length - min((entered_at[node] for node in stack[1:]), default=length)
@@ -124,7 +130,7 @@ def words() -> list[str]:
     numbers = range(LARGEST_GRAPH)
     return [
         *("Search:", "list", "steps", "visit", "seen", "new", "back", "up", "stack"),
-        *(form.format(n) for form in ("{}:", "/{}", "{}?", "{}>", ">{}", "<{}", "^{}", "={}") for n in numbers),
+        *(form.format(n) for form in ("{}:", "/{}", "{}?", "^{}", "={}") for n in numbers),
         *map(str, range(MOST_STEPS + 1)),
-        *(f"{one}-{other}" for one in numbers for other in numbers if one != other),
+        *(f"{one}{sign}{other}" for sign in "->" for one in numbers for other in numbers if one != other),
     ]
