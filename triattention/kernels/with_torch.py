@@ -7,7 +7,7 @@ from triattention.kernels.vocabulary import HoleFills, LiveRegions, PagedCache, 
 from triattention.selection import select
 
 # Keys that are widened to fp32 at a time.
-_NUMBERS_BYTES = 8 << 20
+_NUMBERS_BYTES = 4 << 20
 
 # By size, not by kind: copies are bit-exact and fp8 has no indexing of its own.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -27,9 +27,12 @@ def raw_scores(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, la
         for first in range(layers.start, layers.stop, step):
             some = slice(first, min(first + step, layers.stop))
             tokens = keys.read(some, block_ids).float().reshape(-1, blocks, heads, size, dim)
+            if tokens.stride(-1) == 1:
+                # Rows, which cost little to copy: a head's in one, so that it takes one product.
+                tokens = tokens.transpose(1, 2).reshape(-1, 1, heads, blocks * size, dim)
             real, imag = split(tokens, weights)
             magnitude = real.square().addcmul_(imag, imag).sqrt_()
-            # Products with the tokens last, as `vec` keys lie: [layers, blocks, kv_heads, group, block_size].
+            # Products with the tokens last, as `vec` keys lie: [layers, 1 or blocks, kv_heads, group, tokens].
             part = turned[some, None] @ tokens.transpose(-1, -2)
             part += weights.spread[some, None] @ magnitude.transpose(-1, -2)
             rows = slice(first - layers.start, some.stop - layers.start)
