@@ -113,7 +113,13 @@ class Client:
             await asyncio.sleep(0.2)
 
     async def settled(self) -> None:
-        """Wait until there is one replica, with nothing on it."""
+        """Wait until there is one replica, with nothing on it, and what HAProxy sends comes by way of the router: one
+        that waits in an HAProxy process of before a replica's replacement may still go past it."""
+        await self.replicas(1, 60)
+        deadline = time.monotonic() + 20
+        while "trifleet" not in (await self.complete(words=1)).json()["usage"]:
+            assert time.monotonic() < deadline, "HAProxy does not ask the router"
+            await asyncio.sleep(0.5)
         await self.replicas(1, 60)
         await self.running(0)
 
@@ -281,6 +287,7 @@ async def test_a_tiers_refusal_reaches_the_client(client: Client) -> None:
 
 async def test_a_tiers_key_is_metered_and_told_what_it_took(client: Client) -> None:
     await client.settled()
+    await asyncio.sleep(1.5)  # until what the key took before is told
     before = (await client.fleet())["tiers"]["gold"]["usage"]
     answer = await client.complete(words=50, key=KEY)
     told = answer.json()["usage"]["trifleet"]
