@@ -46,7 +46,12 @@ class Admission:
         self._settings = settings
         self._tiers = with_default(tiers or {})
         self._rng = rng or random.Random()
-        self._ledger = Ledger(settings.lease_seconds, settings.stale_report_seconds, settings.watermark_blocks)
+        self._ledger = Ledger(
+            settings.lease_seconds,
+            settings.stale_report_seconds,
+            settings.watermark_blocks,
+            settings.growth_quantile,
+        )
         self._queue = Queue()
         self._releases = ReleaseRate()
         self._leases_checked_at = -math.inf
@@ -185,7 +190,7 @@ class Admission:
                 self._settle(reservation, 0.0)
         decisions = self._serve(now)
         deadline = self._settings.queue_deadline_seconds
-        for waiting in [w for w in self._queue if now - w.since >= deadline]:
+        for waiting in self._queue.since_before(now - deadline):
             self._leave(waiting)
             decisions.append(self._refuse_late(waiting, now))
         return decisions
@@ -259,9 +264,9 @@ class Admission:
         self, waiting: Waiting, rows: slice, claimed: Claims, closed: int | None, now: float
     ) -> Placement | None:
         table = self._ledger.table
-        need = np.array(waiting.needs(table))[table.kind[rows]]
-        headroom = table.headroom[rows]
-        fits = headroom >= need
+        needs = waiting.needs(table)
+        uses = self._ledger.expected_use(waiting.demand, needs)
+        fits = table.fits(rows, uses, self._ledger.margin)
         if not fits.any():
             return None
         fits &= self._ledger.fresh(now, rows) & claimed.open()
@@ -273,14 +278,18 @@ class Admission:
         found = np.flatnonzero(fits)
         if not len(found):
             return None
+        kinds = table.kind[rows][found]
         candidates = Candidates(
-            headroom[found], need[found], table.requests[rows][found], *self._ties(waiting.demand, found + first_row)
+            table.headroom[rows][found],
+            uses.mean.max(axis=1)[kinds],
+            table.requests[rows][found],
+            *self._ties(waiting.demand, found + first_row),
         )
         name = self._settings.short_placement if waiting.kind == SHORT else self._settings.long_placement
         policy: Policy = POLICIES[name]
         chosen = policy(candidates, self._rng)
         replica = table.names[first_row + found[chosen]]
-        self._ledger.book(waiting.demand.reservation, replica, int(candidates.need_blocks[chosen]), now)
+        self._ledger.book(waiting.demand, replica, needs[kinds[chosen]], now)
         self._queue.remove(waiting)
         self._shares[waiting.kind].placed(waiting.demand.reservation)
         counts = self._counts[waiting.demand.tier]

@@ -1,22 +1,26 @@
 """What the coordinator knows of every replica's blocks: reported, reserved and predicted, never mixed.
 
 Owns bookings (reservations that were placed), epochs, sequence numbers and leases. Who is admitted where is
-decided in `admission.py`. Plain state and arithmetic: clocks are passed in as seconds.
+decided in `admission.py`, what requests are expected to hold later in `growth.py`. Plain state and arithmetic: clocks
+are passed in as seconds.
 
     total = 20 |#### held ####|                    free as reported                      |
                               |~ growth ~|-- reserved --|  headroom  |w watermark w|
-     growth: what the running requests of the last report may still take, up to their bound
-     reserved: whole bounds of bookings that no report shows yet
+     growth: what the running requests of the last report are expected to take on top, at most up to their bounds
+     reserved: what bookings that no report shows yet are expected to take
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.messages import CapacityReport, GpuReading
-from deploy.replica_table import ReplicaKind, ReplicaTable
+from deploy.growth import UNKNOWN, Lengths, Requests, Use, expected_use, length_class
+from deploy.messages import CapacityReport, Demand, GpuReading
+from deploy.replica_table import ROUNDING, ReplicaKind, ReplicaTable
 from triattention.bounds import blocks_bound
 from triattention.report import EngineReport
 
@@ -31,16 +35,18 @@ class Booking:
     """Most blocks it ever holds there."""
     heard_at: float
     """When it was placed, or when a report last showed it: its lease runs from here."""
+    length_class: int
+    prompt_tokens: int
+    sequences: int = 1
+    written_tokens: int = 0
+    """As last reported."""
     held_blocks: int | None = None
     """As the last report has it; None while no report shows it (not arrived, waiting or preempted)."""
 
-    @property
-    def reserved_blocks(self) -> int:
-        return self.bound_blocks if self.held_blocks is None else 0
-
-    @property
-    def predicted_blocks(self) -> int:
-        return 0 if self.held_blocks is None else max(0, self.bound_blocks - self.held_blocks)
+    def row(self) -> tuple[int, int, int, int, int, int]:
+        """For `growth.Requests`."""
+        held = -1 if self.held_blocks is None else self.held_blocks
+        return (self.length_class, self.prompt_tokens, self.written_tokens, self.sequences, held, self.bound_blocks)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ class ReplicaSnapshot:
     held_blocks: int
     """total - free, as reported."""
     reserved_blocks: int
+    """What is expected of the bookings that the report does not show."""
     predicted_blocks: int
+    """Growth expected of all others."""
     headroom_blocks: int
     """free - reserved - predicted - watermark; negative when more is promised than there is."""
     reservations: int
@@ -76,7 +84,7 @@ class ReplicaSnapshot:
 class ReplicaLedger:
     """The bookings of one replica against its last report."""
 
-    def __init__(self, report: CapacityReport, now: float, watermark_blocks: int) -> None:
+    def __init__(self, report: CapacityReport, now: float, watermark_blocks: int, margin: float) -> None:
         self.report = report
         self.reported_at = now
         self.is_suspect = False
@@ -85,9 +93,12 @@ class ReplicaLedger:
         """Requests get there, by Serve's list and HAProxy's: False while it starts or drains."""
         self.was_listed = False
         self.watermark_blocks = watermark_blocks
+        self.margin = margin
+        """Standard deviations beyond the mean that are kept free for what is expected."""
         self.bookings: dict[str, Booking] = {}
+        self.expected = Use.nothing()
+        """What all that is here may hold at each of `growth.HORIZONS`, what no booking explains included."""
         self.reserved_blocks = 0
-        self.predicted_blocks = 0
         self.unseen = 0
         """Bookings that the last report does not show."""
         self._ended: dict[str, float] = {}
@@ -100,8 +111,14 @@ class ReplicaLedger:
 
     @property
     def headroom_blocks(self) -> int:
-        promised = self.reserved_blocks + self.predicted_blocks + self.watermark_blocks
-        return self.report.engine.free_blocks - promised
+        kept = self.expected.to_keep(self.margin).max()
+        return math.floor(self.report.engine.total_blocks - self.watermark_blocks - kept + ROUNDING)
+
+    @property
+    def predicted_blocks(self) -> int:
+        """Growth that is expected of what the report shows."""
+        promised = self.report.engine.free_blocks - self.watermark_blocks - self.headroom_blocks
+        return promised - self.reserved_blocks
 
     @property
     def requests(self) -> int:
@@ -117,15 +134,13 @@ class ReplicaLedger:
     def age_seconds(self, now: float) -> float:
         return now - self.reported_at
 
-    def book(self, reservation: str, bound_blocks: int, now: float) -> None:
+    def book(self, reservation: str, booking: Booking) -> None:
         assert reservation not in self.bookings, f"{reservation} is booked twice on {self.report.replica}"
-        self._add(reservation, Booking(bound_blocks, now))
+        self.bookings[reservation] = booking
 
-    def drop(self, reservation: str) -> int:
-        """Take a booking away; how many blocks it promised."""
-        booking = self.bookings.pop(reservation)
-        self._count(booking, -1)
-        return booking.bound_blocks
+    def drop(self, reservation: str) -> Booking:
+        """Take a booking away. `add_up` is due after this and after `book`."""
+        return self.bookings.pop(reservation)
 
     def remember_end(self, reservation: str, now: float) -> None:
         """Someone who knows said that this request has ended."""
@@ -147,16 +162,30 @@ class ReplicaLedger:
             if reservation in self._ended:
                 continue
             if reservation not in self.bookings:
-                self._add(reservation, Booking(self._largest_bound(held), now))
+                # Any prompt that fills the bound stands for one that is not known.
+                bound = self._largest_bound(held)
+                self.bookings[reservation] = Booking(bound, now, UNKNOWN, bound * report.engine.block_size)
                 strangers.append(reservation)
-        self.reserved_blocks = self.predicted_blocks = self.unseen = 0
         for reservation, booking in self.bookings.items():
-            # Not shown any more and not finished: preempted. It will come back for its whole bound.
+            # Not shown any more and not finished: preempted. It will come back for what it had.
             booking.held_blocks = report.held_blocks.get(reservation)
             if booking.held_blocks is not None:
                 booking.heard_at = now
-            self._count(booking, +1)
+                booking.written_tokens = report.output_tokens.get(reservation, booking.written_tokens)
         return strangers
+
+    def add_up(self, lengths: Lengths) -> None:
+        """Sum up what the bookings are expected to hold."""
+        engine = self.report.engine
+        requests = Requests.of([booking.row() for booking in self.bookings.values()])
+        use = expected_use(requests, engine.block_size, lengths)
+        is_unseen = requests.held_blocks < 0
+        unexplained = engine.total_blocks - engine.free_blocks - requests.held_blocks[~is_unseen].sum()
+        self.expected = Use(
+            unexplained + use.mean.sum(axis=0), use.variance.sum(axis=0), unexplained + use.most.sum(axis=0)
+        )
+        self.unseen = int(is_unseen.sum())
+        self.reserved_blocks = math.ceil(use.mean[is_unseen].max(axis=1).sum() - ROUNDING) if self.unseen else 0
 
     def expired(self, now: float, lease_seconds: float) -> list[str]:
         """Bookings that no report has shown for longer than the lease. Forgets endings of that age, too."""
@@ -185,17 +214,6 @@ class ReplicaLedger:
             gpu=self.report.gpu,
         )
 
-    def _add(self, reservation: str, booking: Booking) -> None:
-        self.bookings[reservation] = booking
-        self._count(booking, +1)
-
-    def _count(self, booking: Booking, sign: int) -> None:
-        if booking.held_blocks is None:
-            self.reserved_blocks += sign * booking.bound_blocks
-            self.unseen += sign
-        else:
-            self.predicted_blocks += sign * booking.predicted_blocks
-
     def _largest_bound(self, held_blocks: int) -> int:
         engine, limits = self.report.engine, self.report.limits
         held_tokens = held_blocks * engine.block_size
@@ -206,10 +224,15 @@ class ReplicaLedger:
 class Ledger:
     """All replicas that have reported, and where each reservation is booked."""
 
-    def __init__(self, lease_seconds: float, stale_report_seconds: float, watermark_blocks: int) -> None:
+    def __init__(
+        self, lease_seconds: float, stale_report_seconds: float, watermark_blocks: int, growth_quantile: float = 1.0
+    ) -> None:
         self.lease_seconds = lease_seconds
         self.stale_report_seconds = stale_report_seconds
         self.watermark_blocks = watermark_blocks
+        self.books_whole_bounds = growth_quantile == 1
+        self.margin = 0.0 if self.books_whole_bounds else NormalDist().inv_cdf(growth_quantile)
+        self.lengths = Lengths()
         self.replicas: dict[str, ReplicaLedger] = {}
         self.table = ReplicaTable()
         """The same replicas as columns, kept up to date with every change: what placement looks at."""
@@ -236,18 +259,26 @@ class Ledger:
         is_past = origin in self._past
         is_new = known is None and not is_past
         if is_new:
-            known = self.replicas[report.replica] = ReplicaLedger(report, now, self.watermark_blocks)
+            known = self.replicas[report.replica] = ReplicaLedger(report, now, self.watermark_blocks, self.margin)
             self._note_listed(known)
             self.table.add(report.replica)
             is_newer = True
         else:
             is_newer = known is not None and not is_past and self._is_newer(report, known.report)
         for reservation in report.finished:
-            self.release(reservation, now)
+            booked = self._replica_of.get(reservation)
+            if booked is not None:
+                ended = self._drop(reservation)
+                if booked == report.replica and reservation in report.output_tokens:
+                    self.lengths.note(ended.length_class, report.output_tokens[reservation] // ended.sequences)
+                else:
+                    self._show(self.replicas[booked])
             if known is not None:
                 known.remember_end(reservation, now)
         if known is None or not is_newer:
             self.reports_ignored += 1
+            if known is not None:
+                self._show(known)
             return False
         if is_new or report.epoch != known.report.epoch:
             usable = report.engine.total_blocks - self.watermark_blocks
@@ -262,11 +293,29 @@ class Ledger:
         self._show(known)
         return True
 
-    def book(self, reservation: str, replica: str, bound_blocks: int, now: float) -> None:
+    def book(self, demand: Demand, replica: str, bound_blocks: int, now: float) -> None:
         known = self.replicas[replica]
-        known.book(reservation, bound_blocks, now)
+        reservation = demand.reservation
+        known_class = self.class_on(ReplicaKind.of(known.report), demand)
+        known.book(reservation, Booking(bound_blocks, now, known_class, demand.prompt_tokens, demand.sequences))
         self._replica_of[reservation] = replica
         self._show(known)
+
+    def class_on(self, kind: ReplicaKind, demand: Demand) -> int:
+        """Whose lengths tell when the request ends; where its whole bound counts, nobody's."""
+        if self.books_whole_bounds or kind.reserves_growth:
+            return UNKNOWN
+        return length_class(demand.total_tokens - demand.prompt_tokens)
+
+    def expected_use(self, demand: Demand, bounds: Sequence[int]) -> Use:
+        """What a new request is expected to hold on each kind of replica [kinds, horizons], by its bound there."""
+        kinds = self.table.kinds
+        rows = [
+            (self.class_on(kind, demand), demand.prompt_tokens, 0, demand.sequences, -1, bound)
+            for kind, bound in zip(kinds, bounds, strict=True)
+        ]
+        block_sizes = np.array([[kind.block_size] for kind in kinds])
+        return expected_use(Requests.of(rows), block_sizes, self.lengths)
 
     def replica_of(self, reservation: str) -> str | None:
         """Where it is booked; None where it is not."""
@@ -278,7 +327,9 @@ class Ledger:
         if replica is None:
             return False
         self._drop(reservation)
-        self.replicas[replica].remember_end(reservation, now)
+        known = self.replicas[replica]
+        known.remember_end(reservation, now)
+        self._show(known)
         return True
 
     def set_listed(self, replicas: frozenset[str]) -> None:
@@ -287,7 +338,7 @@ class Ledger:
             self._listed = replicas
             for known in self.replicas.values():
                 self._note_listed(known)
-                self._show(known)
+                self._show_state(known)
 
     def _note_listed(self, known: ReplicaLedger) -> None:
         if self._listed is not None:
@@ -298,7 +349,7 @@ class Ledger:
         """Something speaks against this replica: nothing new goes there until its next report."""
         known = self.replicas[replica]
         known.is_suspect = True
-        self._show(known)
+        self._show_state(known)
 
     def remove(self, replica: str, now: float) -> None:
         """Forget a replica that is gone. Reports that are still on their way are ignored for one lease."""
@@ -315,9 +366,12 @@ class Ledger:
         """Drop the bookings whose lease has run out. Should one show up after all, it is a stranger then."""
         self._past = {origin: at for origin, at in self._past.items() if now - at <= self.lease_seconds}
         for known in self.replicas.values():
-            for reservation in known.expired(now, self.lease_seconds):
+            expired = known.expired(now, self.lease_seconds)
+            for reservation in expired:
                 self._drop(reservation)
-                self.lease_expirations += 1
+            if expired:
+                self.lease_expirations += len(expired)
+                self._show(known)
 
     def fresh(self, now: float, rows: slice = EVERY_ROW) -> NDArray[np.bool_]:
         """Which replicas were heard of lately. The others may be idle or full, so nothing new goes there."""
@@ -327,15 +381,22 @@ class Ledger:
         names = sorted(self.replicas)
         return tuple(self.replicas[name].snapshot(now, self.stale_report_seconds) for name in names)
 
-    def _drop(self, reservation: str) -> None:
-        known = self.replicas[self._replica_of.pop(reservation)]
-        self.ended_blocks += known.drop(reservation)
-        self._show(known)
+    def _drop(self, reservation: str) -> Booking:
+        """`_show` is due after this."""
+        ended = self.replicas[self._replica_of.pop(reservation)].drop(reservation)
+        self.ended_blocks += ended.bound_blocks
+        return ended
 
     def _show(self, known: ReplicaLedger) -> None:
+        """Its bookings or its report have changed."""
+        known.add_up(self.lengths)
+        self.table.update(known.report.replica, known.headroom_blocks, known.requests, known.expected)
+        self._show_state(known)
+
+    def _show_state(self, known: ReplicaLedger) -> None:
+        """Whether it takes anything may have changed."""
         is_shut = known.is_suspect or not known.is_listed
-        heard_at = -math.inf if is_shut else known.reported_at
-        self.table.update(known.report.replica, known.headroom_blocks, known.requests, heard_at)
+        self.table.set_heard_at(known.report.replica, -math.inf if is_shut else known.reported_at)
 
     @staticmethod
     def _is_newer(report: CapacityReport, last: CapacityReport) -> bool:

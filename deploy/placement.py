@@ -17,8 +17,8 @@ class Candidates:
     """The replicas that fit one request now, at least one, as aligned columns [candidates]."""
 
     headroom_blocks: NDArray[np.int64]
-    need_blocks: NDArray[np.int64]
-    """The request's bound on each replica: block sizes and budgets may differ between replicas."""
+    need_blocks: NDArray[np.float64]
+    """What it is expected to take on each replica: block sizes and budgets may differ between replicas."""
     requests: NDArray[np.int64]
     """Running, waiting and reserved but not yet seen: what shares the replica's steps."""
     affinity: NDArray[np.int64]

@@ -5,6 +5,7 @@ replica a request that waits claims those with at least so many usable blocks, s
 """
 
 import bisect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ class Queue:
         """What they need together."""
         self._ranked: list[Waiting] = []
         self._by_reservation: dict[str, Waiting] = {}
+        """In order of arrival."""
         self.lengths = {SHORT: 0, LONG: 0}
         """How many wait, by class."""
 
@@ -79,6 +81,10 @@ class Queue:
     def __contains__(self, reservation: str) -> bool:
         return reservation in self._by_reservation
 
+    def since_before(self, moment: float) -> list[Waiting]:
+        """Who has waited since then or longer."""
+        return list(itertools.takewhile(lambda waiting: waiting.since <= moment, self._by_reservation.values()))
+
     def get(self, reservation: str) -> Waiting | None:
         return self._by_reservation.get(reservation)
 
@@ -94,7 +100,10 @@ class Queue:
         self.lengths[waiting.kind] += 1
 
     def remove(self, waiting: Waiting) -> None:
-        self._ranked.remove(waiting)
+        position = bisect.bisect_left(self._ranked, waiting.place(), key=Waiting.place)
+        while self._ranked[position] is not waiting:
+            position += 1
+        del self._ranked[position]
         del self._by_reservation[waiting.demand.reservation]
         self.blocks -= waiting.blocks
         self.lengths[waiting.kind] -= 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.growth import HORIZONS, Matrix, Use
 from deploy.messages import CapacityReport, ReplicaLimits
 
 _ROW = np.dtype(
@@ -18,9 +19,14 @@ _ROW = np.dtype(
         ("requests", np.int64),
         ("heard_at", np.float64),
         ("node", np.intp),
+        ("expected", np.float64, len(HORIZONS)),
+        ("variance", np.float64, len(HORIZONS)),
+        ("most", np.float64, len(HORIZONS)),
     ]
 )
 UNKNOWN_NODE = -2
+# Sums of fractions of blocks are this exact; what is whole must not become one block more.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,11 @@ class ReplicaKind:
     limits: ReplicaLimits
     block_size: int
     in_flight_tokens: int
+
+    @property
+    def reserves_growth(self) -> bool:
+        """Its engine takes a request only if all of its bound is free: to book less would make it wait there."""
+        return self.limits.compression is not None and self.limits.compression.reserve_growth
 
     @classmethod
     def of(cls, report: CapacityReport) -> "ReplicaKind":
@@ -53,6 +64,12 @@ class ReplicaTable:
 
     node: NDArray[np.intp]
     """Number of the node in `nodes`."""
+    expected: Matrix
+    """Blocks in use at each of `growth.HORIZONS`, as expected: the mean,"""
+    variance: Matrix
+    """its variance,"""
+    most: Matrix
+    """and what it is if nothing ends."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, int] = {}
@@ -84,11 +101,28 @@ class ReplicaTable:
         self.usable[row] = usable_blocks
         self._find_largest()
 
-    def update(self, replica: str, headroom_blocks: int, requests: int, heard_at: float) -> None:
+    def update(self, replica: str, headroom_blocks: int, requests: int, expected: Use) -> None:
         row = self.row_of[replica]
         self.headroom[row] = headroom_blocks
         self.requests[row] = requests
-        self.heard_at[row] = heard_at
+        self.expected[row] = expected.mean
+        self.variance[row] = expected.variance
+        self.most[row] = expected.most
+
+    def set_heard_at(self, replica: str, heard_at: float) -> None:
+        self.heard_at[self.row_of[replica]] = heard_at
+
+    def fits(self, rows: slice, of_kind: Use, margin: float) -> NDArray[np.bool_]:
+        """Which of the rows have room, at every horizon, for a request that is expected to use so much on each of
+        `kinds` ([kinds, horizons])."""
+        kind = self.kind[rows]
+        together = Use(
+            self.expected[rows] + of_kind.mean[kind],
+            self.variance[rows] + of_kind.variance[kind],
+            self.most[rows] + of_kind.most[kind],
+        )
+        fits: NDArray[np.bool_] = together.to_keep(margin).max(axis=1) <= self.usable[rows] + ROUNDING
+        return fits
 
     def _set(self, names: list[str], rows: NDArray[np.void]) -> None:
         self.names = names
@@ -97,6 +131,7 @@ class ReplicaTable:
         # Views: writing to a column writes to the table.
         self.kind, self.usable, self.headroom = rows["kind"], rows["usable"], rows["headroom"]
         self.requests, self.heard_at, self.node = rows["requests"], rows["heard_at"], rows["node"]
+        self.expected, self.variance, self.most = rows["expected"], rows["variance"], rows["most"]
 
     def _find_largest(self) -> None:
         self.largest = [

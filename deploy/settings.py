@@ -89,6 +89,12 @@ class CoordinatorSettings(_Settings):
     stale_report_seconds: float = Field(default=2.0, gt=0, description="a replica silent for so long gets nothing new")
     heartbeat_seconds: float = Field(default=0.2, gt=0, description="longest time between two reports of a replica")
     watermark_blocks: int = Field(default=0, ge=0, description="blocks per replica that admission leaves free")
+    growth_quantile: float = Field(
+        default=0.99,
+        gt=0.5,
+        le=1,
+        description="how sure it shall be that what runs on a replica fits there as it grows; 1: book whole bounds",
+    )
     short_request_tokens: int = Field(
         default=1024,
         ge=0,

@@ -9,8 +9,8 @@ import contextlib
 import logging
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,10 @@ class Reporter:
         self.gpu: GpuReading | None = None
         """Goes with every report; whoever reads the GPUs sets it."""
         self._active: set[str] = set()
+        self._written: dict[str, int] = {}
+        """Reservation -> output tokens of its sequences that run."""
+        self._ended: Counter[str] = Counter()
+        """Reservation -> output tokens of its sequences that have ended."""
         self._finished: dict[str, float] = {}
         """Reservation -> its block-seconds, until a report told it."""
         self._changed = asyncio.Event()
@@ -53,9 +57,20 @@ class Reporter:
         """Called by the engine's statistics tap after every step: must be cheap."""
         if engine != self._engine:
             self._engine = engine
-            self._held = held_by_reservation(engine["held_blocks"])
+            self._held = by_reservation(engine["held_blocks"])
+            self._count_output(engine["output_tokens"], engine["ended"])
             self._changed.set()
         self._meter.observe(self._held, engine["ended"])
+
+    def _count_output(self, running: Mapping[str, int], ended: Mapping[str, Sequence[int]]) -> None:
+        """By vLLM's request ids: output tokens so far; prompt and output tokens."""
+        told_of = self._active | self._finished.keys()
+        for request, (_, output) in ended.items():
+            if (reservation := reservation_of(request)) in told_of:
+                self._ended[reservation] += output
+                self._written.pop(reservation, None)
+        # What runs no more and is not told as ended yet keeps its last count.
+        self._written |= {r: tokens for r, tokens in by_reservation(running).items() if r in told_of}
 
     def begin(self, reservation: str, tier: str, length_class: str, waited_seconds: float) -> None:
         """The request of this reservation is here: shown in every report, also while it holds no blocks yet."""
@@ -102,8 +117,13 @@ class Reporter:
             sequence=self._sequence,
             limits=self._limits,
             # What the engine says of single requests is told by reservation, once.
-            engine=replace(EngineReport.from_dict(self._engine), held_blocks={}, ended={}),
+            engine=replace(EngineReport.from_dict(self._engine), held_blocks={}, output_tokens={}, ended={}),
             held_blocks={**dict.fromkeys(self._active, 0), **self._held},
+            output_tokens={
+                reservation: self._written.get(reservation, 0) + self._ended[reservation]
+                for reservation in (*self._active, *finished)
+                if reservation in self._written or reservation in self._ended
+            },
             finished=tuple(finished),
             block_seconds=finished,
             tiers=self._meter.tiers(),
@@ -125,13 +145,14 @@ class Reporter:
             return
         self._reachable = True
         for reservation in report.finished:
-            self._finished.pop(reservation, None)
+            for told in (self._finished, self._written, self._ended):
+                told.pop(reservation, None)
 
 
-def held_by_reservation(held_blocks: Mapping[str, int]) -> dict[str, int]:
-    """Blocks per reservation, all sequences of a request together."""
-    held: defaultdict[str, int] = defaultdict(int)
-    for request, blocks in held_blocks.items():
+def by_reservation(of_sequences: Mapping[str, int]) -> dict[str, int]:
+    """Sums per reservation, from numbers by vLLM's request ids: one for every sequence of a request."""
+    sums: defaultdict[str, int] = defaultdict(int)
+    for request, number in of_sequences.items():
         if reservation := reservation_of(request):
-            held[reservation] += blocks
-    return dict(held)
+            sums[reservation] += number
+    return dict(sums)

@@ -46,6 +46,8 @@ class EngineReport:
     """First compactions of requests per bucket of FIRST_COMPACTION_BUCKETS_SECONDS, each counted once."""
     held_blocks: dict[str, int] = field(default_factory=dict)
     """vLLM's internal request id -> blocks it holds."""
+    output_tokens: dict[str, int] = field(default_factory=dict)
+    """The same -> tokens written so far."""
     ended: dict[str, tuple[int, int]] = field(default_factory=dict)
     """vLLM's internal request id -> prompt and output tokens, of those that ended since the last report."""
 

@@ -94,6 +94,14 @@ class SimulatedReplica:
         held.update(zip((str(job.number) for job in self.jobs), each, strict=True))
         return held, sum(each)
 
+    def written_tokens(self, now: float) -> dict[str, int]:
+        """By request, of those that run."""
+        joined = self._step_after(now) - self._rows[:, JOIN]
+        return {
+            str(job.number): job.generated + max(0, steps)
+            for job, steps in zip(self.jobs, joined.tolist(), strict=True)
+        }
+
     def arrive(self, job: Job, now: float) -> None:
         self.waiting.append(job)
         if not self.jobs:

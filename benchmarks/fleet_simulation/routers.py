@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 
 from benchmarks.fleet_simulation.replica import IN_FLIGHT_TOKENS, Job, SimulatedReplica
-from benchmarks.fleet_simulation.trace import Pool
 from deploy.admission import Admission
 from deploy.messages import CapacityReport, Decision, Demand, Placement, ReplicaLimits
 from deploy.settings import CoordinatorSettings
@@ -47,7 +46,7 @@ class Router(Protocol):
 
     def scrape(self, replica: int, now: float) -> None: ...
 
-    def report(self, replica: int, finished: tuple[str, ...], now: float) -> None: ...
+    def report(self, replica: int, finished: tuple[Job, ...], now: float) -> None: ...
 
     def tick(self, now: float) -> None: ...
 
@@ -65,7 +64,7 @@ class _Blind:
     def scrape(self, replica: int, now: float) -> None:
         raise NotImplementedError
 
-    def report(self, replica: int, finished: tuple[str, ...], now: float) -> None:
+    def report(self, replica: int, finished: tuple[Job, ...], now: float) -> None:
         raise NotImplementedError
 
     def tick(self, now: float) -> None:
@@ -111,7 +110,7 @@ class HeadroomLedger:
 
     def __init__(self, fleet: Fleet, rng: random.Random, patience_seconds: float, knows_bound: bool = True) -> None:
         self.fleet = fleet
-        self.admission = Admission(coordinator_settings(patience_seconds), rng)
+        self.admission = Admission(coordinator_settings(patience_seconds, None if knows_bound else 1), rng)
         self.held_elsewhere: dict[str, Job] = {}
         """Jobs that wait in the coordinator's queue."""
         self._knows_bound = knows_bound
@@ -131,7 +130,7 @@ class HeadroomLedger:
     def scrape(self, replica: int, now: float) -> None:
         raise NotImplementedError
 
-    def report(self, replica: int, finished: tuple[str, ...], now: float) -> None:
+    def report(self, replica: int, finished: tuple[Job, ...], now: float) -> None:
         known = self.fleet.replicas[replica]
         self._sequence += 1
         held, used = known.held_blocks(now)
@@ -139,7 +138,7 @@ class HeadroomLedger:
             replica=f"replica-{replica}",
             epoch="first",
             sequence=self._sequence,
-            limits=_limits(known.pool, self._knows_bound),
+            limits=_limits(known, self._knows_bound),
             engine=EngineReport(
                 block_size=known.pool.block_size,
                 bytes_per_block=1,
@@ -151,7 +150,9 @@ class HeadroomLedger:
                 preemptions=known.preemptions,
             ),
             held_blocks=held,
-            finished=finished,
+            output_tokens=known.written_tokens(now)
+            | {str(job.number): job.output for job in finished if job.first_token_at is not None},
+            finished=tuple(str(job.number) for job in finished),
         )
         self._carry_out(self.admission.observe(report, now), now)
 
@@ -167,19 +168,22 @@ class HeadroomLedger:
                 self.fleet.refuse(job, decision.reason, now)
 
 
-def coordinator_settings(patience_seconds: float) -> CoordinatorSettings:
+def coordinator_settings(patience_seconds: float, growth_quantile: float | None = None) -> CoordinatorSettings:
     """The defaults but for: a queue without end, as the other routers have one in every engine, and short requests of
     up to 3,072 tokens, prompt and `max_tokens` together, which in this trace are the chats."""
+    defaults = CoordinatorSettings()
     return CoordinatorSettings(
         queue_length=10**9,
         queue_deadline_seconds=patience_seconds,
         short_request_tokens=3072,
         heartbeat_seconds=HEARTBEAT_SECONDS,
+        growth_quantile=defaults.growth_quantile if growth_quantile is None else growth_quantile,
     )
 
 
-def _limits(pool: Pool, knows_bound: bool) -> ReplicaLimits:
-    return ReplicaLimits(pool.max_model_len, pool.compression if knows_bound else None)
+def _limits(replica: SimulatedReplica, knows_bound: bool) -> ReplicaLimits:
+    compression = replica.pool.compression.model_copy(update={"reserve_growth": replica.reserve_growth})
+    return ReplicaLimits(replica.pool.max_model_len, compression if knows_bound else None)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Simulation:
         self._order = count()
         self._scheduled: list[float | None] = [None] * replicas
         """Replica -> the time of its one WAKE event that counts."""
-        self._finished: list[list[str]] = [[] for _ in range(replicas)]
+        self._finished: list[list[Job]] = [[] for _ in range(replicas)]
         self._reported_at = [0.0] * replicas
         self._report_due = [0.0] * replicas
         self._now_at = 0
@@ -110,11 +110,11 @@ class Simulation:
     def finished(self, job: Job, now: float) -> None:
         assert job.first_token_at is not None
         self._end(job, ANSWERED, now)
-        self._finished[self._now_at].append(str(job.number))
+        self._finished[self._now_at].append(job)
 
     def gave_up(self, job: Job, now: float) -> None:
         self._end(job, GAVE_UP, now)
-        self._finished[self._now_at].append(str(job.number))
+        self._finished[self._now_at].append(job)
 
     def _end(self, job: Job, how: int, now: float) -> None:
         outcome = self.outcome

@@ -27,6 +27,8 @@ def test_pinned_prompts_and_first_compactions_are_reported(
     step_until(llm, "report-1", 60)
     young = report()
     assert young.pinned_blocks == sum(-(-len(prompt) // BLOCK) for prompt in prompts[1:])
+    assert 40 < young.output_tokens[next(r for r in young.held_blocks if "report-1" in r)] <= 61
+    assert young.output_tokens.keys() == young.held_blocks.keys()
     assert young.first_compaction_counts == before.first_compaction_counts
     step_until(llm, "report-1", 600)
     old = report()

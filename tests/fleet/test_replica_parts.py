@@ -13,7 +13,7 @@ from replicas.exposition import merged
 from replicas.gate import Gate
 from replicas.headers import KIND, OUTPUT_LIMIT, REFUSAL, RESERVATION, Answer, new_reservation, reservation_of
 from replicas.messages import CapacityReport, ReplicaLimits
-from replicas.reporter import SHORTEST_INTERVAL_SECONDS, Reporter, held_by_reservation
+from replicas.reporter import SHORTEST_INTERVAL_SECONDS, Reporter, by_reservation
 from triattention.report import EngineReport
 
 
@@ -237,7 +237,7 @@ def test_vllms_request_ids_lead_back_to_their_reservation() -> None:
 def test_blocks_of_all_sequences_of_a_request_add_up() -> None:
     one, two = new_reservation(), new_reservation()
     held = {f"0_cmpl-{one}-0-a": 3, f"1_cmpl-{one}-0-b": 4, f"chatcmpl-{two}-c": 5, "first-step-d": 9}
-    assert held_by_reservation(held) == {one: 7, two: 5}
+    assert by_reservation(held) == {one: 7, two: 5}
 
 
 async def test_a_request_that_waits_in_the_engine_is_shown_with_no_blocks_until_it_ends() -> None:
@@ -257,6 +257,31 @@ async def test_a_request_that_waits_in_the_engine_is_shown_with_no_blocks_until_
     await asyncio.sleep(0.15)
     assert line.reports[-1].held_blocks == {}
     running.cancel()
+
+
+def test_output_tokens_are_told_of_running_and_finished_requests_over_all_their_sequences() -> None:
+    reports = reporter(Line())
+    one, two, foreign = new_reservation(), new_reservation(), new_reservation()
+    first, second, other = f"0_cmpl-{one}-0-a", f"1_cmpl-{one}-0-b", f"cmpl-{two}-0-c"
+
+    def told() -> dict[str, int]:
+        report = reports.report()
+        assert report is not None
+        return report.output_tokens
+
+    reports.begin(one, "gold", "short", 0.0)
+    reports.begin(two, "gold", "short", 0.0)
+    reports.observe(engine(8, output_tokens={first: 5, second: 5, other: 7, f"cmpl-{foreign}-0-d": 3}))
+    assert told() == {one: 10, two: 7}
+    # The first has ended, and with it goes what the engine tells of it while it runs.
+    reports.observe(engine(8, output_tokens={second: 6, other: 8}, ended={first: (3, 6)}))
+    assert told() == {one: 12, two: 8}
+    # Its end is heard of before the engine's next report: the last count stands.
+    reports.finish(two)
+    assert told() == {one: 12, two: 8}
+    reports.finish(one)
+    reports.observe(engine(10, ended={second: (3, 9), other: (3, 9)}))
+    assert told() == {one: 15, two: 9}
 
 
 class Line:
@@ -335,6 +360,7 @@ async def test_what_ended_while_the_coordinator_was_away_is_told_when_it_is_back
     await asyncio.sleep(0.4)
     running.cancel()
     assert [ended for report in line.reports for ended in report.finished] == ["rsv1", "rsv2"]
+    assert [reports._finished, reports._written, reports._ended] == [{}, {}, {}]
 
 
 def test_pages_of_two_engines_merge_into_families_with_a_replica_label() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from deploy.messages import Demand
 from replicas.messages import CapacityReport, GpuReading, ReplicaLimits
 from triattention.config import CompressionConfig
 from triattention.report import EngineReport
@@ -18,6 +19,7 @@ def report(
     held: dict[str, int] | None = None,
     free: int | None = None,
     running: int = 0,
+    output_tokens: dict[str, int] | None = None,
     finished: tuple[str, ...] = (),
     max_model_len: int = 8192,
     compression: CompressionConfig | None = None,
@@ -42,6 +44,7 @@ def report(
             **counters,
         ),
         held_blocks=held,
+        output_tokens=output_tokens or {},
         finished=finished,
         gpu=gpu,
     )
@@ -49,3 +52,7 @@ def report(
 
 def compression(budget: int = 256, interval: int = 128) -> CompressionConfig:
     return CompressionConfig(budget=budget, interval=interval, window=32, policy="random")
+
+
+def demand(reservation: str, prompt: int = 100, output: int = 8000) -> Demand:
+    return Demand(reservation, prompt, prompt + output)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.fleet_simulation import routers
 from benchmarks.fleet_simulation.replica import IN_FLIGHT_TOKENS, Job, SimulatedReplica
 from benchmarks.fleet_simulation.report import plot, table_of
-from benchmarks.fleet_simulation.routers import WAYS, HeadroomLedger
+from benchmarks.fleet_simulation.routers import WAYS, HeadroomLedger, coordinator_settings
 from benchmarks.fleet_simulation.run import run_scenario
 from benchmarks.fleet_simulation.simulation import ANSWERED, GAVE_UP, REFUSED, Simulation, tokens_per_second
 from benchmarks.fleet_simulation.trace import SCENARIOS, Clock, Pool, make_trace
@@ -189,6 +190,7 @@ def a_trace(scenario, replicas, requests, seed=0):
     return make_trace(scenario, requests, tokens_per_second(replicas, scenario, seed=1, requests=200), seed)
 
 
+(OURS,) = [way for way in WAYS if way.name == "headroom"]
 OVERLOAD = replace(
     SCENARIOS["overload"], load=3.0, long_share=0.4, calm_seconds=40, burst_seconds=20, patience_seconds=15.0
 )
@@ -214,16 +216,16 @@ def test_the_same_seed_makes_the_same_trace_and_another_one_does_not():
     assert (first.arrival != other.arrival).any()
 
 
-def test_headroom_never_lets_an_engine_preempt_and_leaves_nothing_in_the_ledger(monkeypatch):
+def test_headroom_with_whole_bounds_never_lets_an_engine_preempt_and_leaves_nothing_in_the_ledger(monkeypatch):
+    monkeypatch.setattr(routers, "coordinator_settings", lambda patience, _: coordinator_settings(patience, 1))
     trace = a_trace(OVERLOAD, 6, 700)
-    (ours,) = [way for way in WAYS if way.name == "headroom"]
-    run = Simulation(trace, OVERLOAD, 6, ours, seed=3)
+    run = Simulation(trace, OVERLOAD, 6, OURS, seed=3)
     least = []
     router = run.router
     assert isinstance(router, HeadroomLedger)
     report = router.report
 
-    def watched(replica: int, finished: tuple[str, ...], now: float) -> None:
+    def watched(replica: int, finished: tuple[Job, ...], now: float) -> None:
         report(replica, finished, now)
         least.append(router.admission._ledger.table.headroom.min())
 
@@ -239,10 +241,18 @@ def test_headroom_never_lets_an_engine_preempt_and_leaves_nothing_in_the_ledger(
     assert all(r.reservations == 0 and r.headroom_blocks == r.engine.total_blocks for r in snapshot.replicas)
 
 
-def test_power_of_two_preempts_where_memory_is_short():
+def test_headroom_by_expected_growth_answers_more_than_by_whole_bounds_and_preempts_far_less_than_power_of_two(
+    monkeypatch,
+):
     trace = a_trace(OVERLOAD, 6, 700)
     (two,) = [way for way in WAYS if way.name == "power_of_two"]
-    assert Simulation(trace, OVERLOAD, 6, two, seed=3).run().preemptions > 0
+    of_two = Simulation(trace, OVERLOAD, 6, two, seed=3).run()
+    ours = Simulation(trace, OVERLOAD, 6, OURS, seed=3).run()
+    monkeypatch.setattr(routers, "coordinator_settings", lambda patience, _: coordinator_settings(patience, 1))
+    whole = Simulation(trace, OVERLOAD, 6, OURS, seed=3).run()
+    # Little is known of the lengths after a few hundred requests.
+    assert 0 < ours.preemptions < 0.4 * of_two.preemptions
+    assert trace.output[ours.end == ANSWERED].sum() > 1.03 * trace.output[whole.end == ANSWERED].sum()
 
 
 def test_a_run_of_all_routers_gives_figures_a_table_and_a_picture(tmp_path):

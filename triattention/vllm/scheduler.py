@@ -225,5 +225,6 @@ class CompactionScheduler(AsyncScheduler):
             first_compaction_seconds=self.first_compaction_seconds,
             first_compaction_counts=tuple(self.first_compaction_counts),
             held_blocks=held,
+            output_tokens={request_id: self.requests[request_id].num_output_tokens for request_id in held},
             ended=self.ended,
         )
