@@ -43,11 +43,8 @@ def raw_scores(keys: PagedCache, weights: QueryWeights, regions: LiveRegions, la
 
 def score(keys: PagedCache, weights: QueryWeights, regions: LiveRegions) -> Tensor:
     raw = raw_scores(keys, weights, regions, range(len(keys.layers)))
-    scores = torch.empty((raw.shape[0], raw.shape[1], raw.shape[3]), dtype=torch.float32, device=raw.device)
-    for request in range(len(regions)):
-        tokens = regions.token_slice(request)
-        scores[..., tokens] = standardise(raw[..., tokens]).amax(dim=2)
-    return scores
+    parts = [standardise(raw[..., regions.token_slice(request)]).amax(dim=2) for request in range(len(regions))]
+    return torch.cat(parts, dim=-1)
 
 
 def plan(scores: Tensor, regions: LiveRegions, window: int, shared: bool) -> HoleFills:
@@ -67,18 +64,18 @@ def plan(scores: Tensor, regions: LiveRegions, window: int, shared: bool) -> Hol
 
 def compact(keys: PagedCache, values: PagedCache, regions: LiveRegions, fills: HoleFills) -> None:
     size = regions.block_size
-    counts = torch.tensor([region.dead_slots for region in regions.regions], device=keys.device)
-    first_block = regions.requests[:, 2].repeat_interleave(counts)
+    first_block = regions.requests[:, 2].repeat_interleave(regions.requests[:, 4])
     layer, head, at = (fills.source >= 0).nonzero(as_tuple=True)
     from_slot, to_slot = fills.source[layer, head, at], fills.target[layer, head, at]
     from_block = regions.block_ids[first_block[at] + from_slot // size]
     to_block = regions.block_ids[first_block[at] + to_slot // size]
+    from_slot, to_slot = from_slot % size, to_slot % size
     if fills.source.shape[0] == 1:  # shared sets: the same copies in all layers
         layer = torch.arange(len(keys.layers), device=keys.device)[:, None]
     for cache in (keys, values):
         t2 = cache.layers[0].shape[3]
-        source = (from_block, head, from_slot % size // t2, from_slot % t2)
-        target = (to_block, head, to_slot % size // t2, to_slot % t2)
+        source = (from_block, head, *_inside(from_slot, t2))
+        target = (to_block, head, *_inside(to_slot, t2))
         integers = _INTEGERS[cache.dtype.itemsize]
         if cache.all_layers is not None:
             numbers = cache.all_layers.view(integers)
@@ -87,7 +84,13 @@ def compact(keys: PagedCache, values: PagedCache, regions: LiveRegions, fills: H
         for index, view in enumerate(cache.layers):
             numbers = view.view(integers)
             mine = slice(None) if layer.ndim > 1 else layer == index
-            numbers[*(part[mine] for part in target)] = numbers[*(part[mine] for part in source)]
+            to, of = ([part if isinstance(part, int) else part[mine] for part in at] for at in (target, source))
+            numbers[*to] = numbers[*of]
+
+
+def _inside(slot: Tensor, t2: int) -> tuple[Tensor, Tensor | int]:
+    """Where in a block of [t1, t2] tokens a slot stands. Most layouts are plain there, and small operations count."""
+    return (slot, 0) if t2 == 1 else (slot // t2, slot % t2)
 
 
 def squeeze(block_table: Tensor, lengths: Tensor, block_size: int, squeezed: Tensor, live_lengths: Tensor) -> None:
