@@ -2,17 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from benchmarks.models import Name
 
 app = typer.Typer(help="Measure what the README states.", no_args_is_help=True)
 
 LOCAL = Path(__file__).parents[1] / "deploy" / "configs" / "local.yaml"
 Settings = Annotated[Path, typer.Option("--file", "-f", help="the fleet's settings")]
 Json = Annotated[Path | None, typer.Option("--json", help="file for the figures")]
+
+
+# Two numbers of requests, two lengths; KV memory from one that thrashes to one that holds every whole request.
+ALL_LOADS = "32x2000,32x8000,128x2000,128x8000"
+ALL_POOLS = "8192,16384,65536,262144"
 
 
 @app.command()
@@ -63,13 +71,16 @@ def eviction(json_path: Json = None) -> None:
 @app.command()
 def engine(
     json_path: Json = None,
+    model: Annotated[
+        str, typer.Option(help="deployment: a deployment's proportions, random weights; bundled: the bundled model")
+    ] = "deployment",
     rounds: Annotated[int, typer.Option(min=2, help="rounds of each side under memory pressure")] = 5,
 ) -> None:
     """vLLM with and without compression in the same KV memory, tight and ample (about 10 minutes)."""
     from benchmarks.engine import SIDES, bench_engine
 
-    figures = bench_engine(tight_rounds=rounds)
-    table = Table(title="Plain vLLM and ours, taking turns")
+    figures = bench_engine(_model(model), tight_rounds=rounds)
+    table = Table(title=f"Plain vLLM and ours, taking turns, model: {model}")
     for heading in ("KV memory", "", "tokens/s", "ms per token", "preemptions", "peak blocks", "compaction"):
         table.add_column(heading, justify="left" if heading in ("KV memory", "") else "right")
     for load in ("tight", "ample"):
@@ -141,9 +152,9 @@ def router(
 @app.command()
 def trace(
     json_path: Json = None,
-    tokens: Annotated[int, typer.Option(min=2048, help="length of the request")] = 32_768,
+    tokens: Annotated[int, typer.Option(min=8192, help="length of the request")] = 32_768,
 ) -> None:
-    """Time per output token against position, plain vLLM and ours, one long request each (about 4 minutes)."""
+    """Time per output token against position, plain vLLM and ours, one long request each (about 2 minutes)."""
     from benchmarks.long_trace import bench_long_trace
 
     figures = bench_long_trace(tokens)
@@ -169,6 +180,23 @@ def start(json_path: Json = None, file: Settings = LOCAL) -> None:
     for part, seconds in figures["parts"].items():
         table.add_row(part, f"{seconds:.1f}")
     _report(table, figures, json_path)
+
+
+@app.command()
+def sweep(
+    json_path: Json = None,
+    model: Annotated[str, typer.Option(help="deployment or bundled, as for `bench engine`")] = "bundled",
+    seconds: Annotated[float, typer.Option(min=2.0, help="how long each side of each cell is measured")] = 25.0,
+    loads: Annotated[str, typer.Option(help="REQUESTSxOUTPUT_TOKENS, separated by commas")] = ALL_LOADS,
+    pools: Annotated[str, typer.Option(help="KV memory in tokens, separated by commas")] = ALL_POOLS,
+) -> None:
+    """Plain vLLM and ours over loads and sizes of KV memory: where compression pays, where not (about 35 minutes)."""
+    from benchmarks.sweep import bench_sweep, table_of
+
+    pairs = [load.split("x") for load in loads.split(",")]
+    shapes = [(int(requests), int(output_tokens)) for requests, output_tokens in pairs]
+    figures = bench_sweep(_model(model), shapes, [int(pool) for pool in pools.split(",")], seconds)
+    _report(table_of(figures), figures, json_path)
 
 
 @app.command()
@@ -233,6 +261,15 @@ def fleet_sim(
     _report(table_of(figures), figures, json_path)
     if plot is not None:
         draw(figures, plot)
+
+
+def _model(name: str) -> "Name":
+    from benchmarks.models import NAMES
+
+    for known in NAMES:
+        if known == name:
+            return known
+    raise typer.BadParameter(f"there is no model {name}: choose one of {', '.join(NAMES)}")
 
 
 def _report(table: RenderableType, figures: dict[str, Any], json_path: Path | None) -> None:

@@ -1,8 +1,9 @@
 """vLLM with and without compression in the same KV memory: `trifleet bench engine`.
 
 Both engines are up at once and take turns, round by round, so that a busy machine slows both sides alike. Plain vLLM is
-vLLM's own worker and scheduler, untouched. The model is the bundled one in eager mode; its outputs run to their full
-length (`ignore_eos`), and every round has prompts that neither side has seen.
+vLLM's own worker and scheduler, untouched. Both run in eager mode a model of `benchmarks.models`, whose shape is that
+of a deployment or the bundled one's; outputs run to their full length (`ignore_eos`), and every round has prompts that
+neither side has seen.
 """
 
 import os
@@ -20,7 +21,8 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 import bundled
 from benchmarks.machine import machine
+from benchmarks.models import Model, Name, model
 from triattention.bounds import cdiv
 from triattention.config import CompressionConfig
 from triattention.report import REPORT_KEY, EngineReport
@@ -38,6 +41,7 @@ from triattention.vllm import engine_arguments
 
 BLOCK_SIZE = 32
 SIDES = ("plain", "ours")
+WARM_UP_TOKENS = 50
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class _Tap(StatLoggerBase):
     """What vLLM and our scheduler report of every step."""
 
     preemptions: int = 0
+    generated_tokens: int = 0
     seconds_per_output_token: list[float] = field(default_factory=list)
     report: EngineReport | None = None
 
@@ -87,6 +92,7 @@ class _Tap(StatLoggerBase):
     ) -> None:
         if iteration_stats is not None:
             self.preemptions += iteration_stats.num_preempted_reqs
+            self.generated_tokens += iteration_stats.num_generation_tokens
             for request in iteration_stats.finished_requests:
                 self.seconds_per_output_token.append(request.mean_time_per_output_token)
         if scheduler_stats is not None and scheduler_stats.kv_connector_stats is not None:
@@ -99,12 +105,11 @@ class _Tap(StatLoggerBase):
 class Side:
     """One engine of the comparison."""
 
-    def __init__(self, load: Load, compression: CompressionConfig | None) -> None:
-        self.load = load
+    def __init__(self, path: Path, load: Load, compression: CompressionConfig | None) -> None:
         self.tap = _Tap()
         arguments: dict[str, Any] = {
-            "model": str(bundled.MODEL),
-            "max_model_len": max(4096, 2 * load.output_tokens),
+            "model": str(path),
+            "max_model_len": max(4096, load.output_tokens + 192),
             "block_size": BLOCK_SIZE,
             "num_gpu_blocks_override": load.pool_tokens // BLOCK_SIZE,
             "kv_cache_memory_bytes": 1 << 28,  # not what is allocated, but vLLM sizes up the whole machine without it
@@ -119,12 +124,12 @@ class Side:
             AsyncEngineArgs(**arguments), stat_loggers=[lambda config, index: self.tap]
         )
 
-    async def run(self, round_number: int) -> Round:
+    async def run(self, load: Load, round_number: int) -> Round:
         """Send one round's requests all at once and wait for the last."""
         before, was = self.tap.report, self.tap.preemptions
         self.tap.seconds_per_output_token = []
         params = SamplingParams(
-            max_tokens=self.load.output_tokens,
+            max_tokens=load.output_tokens,
             ignore_eos=True,
             temperature=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -133,7 +138,7 @@ class Side:
         lengths = await asyncio.gather(
             *(
                 self._one(prompt, params, f"{round_number}-{number}")
-                for number, prompt in enumerate(self.load.prompts(round_number))
+                for number, prompt in enumerate(load.prompts(round_number))
             )
         )
         seconds = time.perf_counter() - began
@@ -160,30 +165,31 @@ class Side:
 
 
 @asynccontextmanager
-async def sides(load: Load) -> AsyncIterator[dict[str, Side]]:
+async def sides(model: Model, load: Load) -> AsyncIterator[dict[str, Side]]:
     """Both engines over equal pools."""
     compression = CompressionConfig.model_validate(
-        {"budget": load.budget, "interval": 128, "window": 64, "statistics": bundled.STATISTICS}
+        {"budget": load.budget, "interval": 128, "window": 64, "statistics": model.statistics}
     )
     started: dict[str, Side] = {}
     try:
         for name, config in zip(SIDES, (None, compression), strict=True):
-            started[name] = Side(load, config)
+            started[name] = Side(model.path, load, config)
         yield started
     finally:
         for side in started.values():
             side.client.shutdown(timeout=5)
 
 
-async def compare(load: Load, rounds: int) -> dict[str, list[Round]]:
-    """`rounds` rounds of each side in turn, the first side changing each time, after a warm-up that is not counted."""
+async def compare(model: Model, load: Load, rounds: int) -> dict[str, list[Round]]:
+    """`rounds` rounds of each side in turn, the first side changing each time, after a short one that does not
+    count."""
     results: dict[str, list[Round]] = {name: [] for name in SIDES}
-    async with sides(load) as engines:
+    async with sides(model, load) as engines:
         for side in engines.values():
-            await side.run(-1)
+            await side.run(replace(load, output_tokens=WARM_UP_TOKENS), -1)
         for number in range(rounds):
             for name in SIDES if number % 2 == 0 else reversed(SIDES):
-                results[name].append(await engines[name].run(number))
+                results[name].append(await engines[name].run(load, number))
     return results
 
 
@@ -212,21 +218,23 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
 
 
 TIGHT = Load(requests=32, output_tokens=2000, pool_tokens=16_384, budget=256)
-AMPLE = Load(requests=32, output_tokens=500, pool_tokens=32_768, budget=4096)
-"""A budget that no request reaches: nothing is compacted, and what is left is what our parts cost."""
+AMPLE = Load(requests=32, output_tokens=200, pool_tokens=32_768, budget=4096)
+"""A budget that no request reaches: nothing is compacted, and what is left is what our parts cost. Many short
+rounds, because the difference is smaller than the noise of one."""
 
 
-def bench_engine(tight_rounds: int = 5, ample_rounds: int = 15) -> dict[str, Any]:
+def bench_engine(name: Name = "deployment", tight_rounds: int = 5, ample_rounds: int = 25) -> dict[str, Any]:
     """The figures of the command; see its help."""
     about = machine("vllm", "torch")
-    tight = asyncio.run(compare(TIGHT, tight_rounds))
-    ample = asyncio.run(compare(AMPLE, ample_rounds))
-    figures: dict[str, Any] = {**about}
-    for name, load, rounds in (("tight", TIGHT, tight), ("ample", AMPLE, ample)):
+    with model(name) as chosen:
+        tight = asyncio.run(compare(chosen, TIGHT, tight_rounds))
+        ample = asyncio.run(compare(chosen, AMPLE, ample_rounds))
+    figures: dict[str, Any] = {**about, "model": name}
+    for loaded, load, rounds in (("tight", TIGHT, tight), ("ample", AMPLE, ample)):
         spread = ratio(rounds)
-        figures[f"ratio_{name}"] = spread["median"]
-        figures[f"ratio_{name}_quartiles"] = [spread["low"], spread["high"]]
-        figures[name] = {**asdict(load), **{side: summary(rounds[side]) for side in SIDES}}
+        figures[f"ratio_{loaded}"] = spread["median"]
+        figures[f"ratio_{loaded}_quartiles"] = [spread["low"], spread["high"]]
+        figures[loaded] = {**asdict(load), **{side: summary(rounds[side]) for side in SIDES}}
     figures["preemptions_plain"] = figures["tight"]["plain"]["preemptions"]
     figures["preemptions_ours"] = figures["tight"]["ours"]["preemptions"]
     figures["compaction_share"] = figures["tight"]["ours"]["compaction_share"]

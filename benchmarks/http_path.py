@@ -7,6 +7,7 @@ The load generator is one asyncio loop over raw server-sent events, which costs 
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -125,14 +126,17 @@ def _vllm_server(settings: FleetSettings) -> Iterator[str]:
         "OMP_NUM_THREADS": "1",
     }
     with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"
             _await_health(url, server, log)
             yield url
         finally:
             server.terminate()
-            server.wait(30)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)  # its engine with it
 
 
 def _await_health(url: str, server: subprocess.Popen[bytes], log: IO[bytes]) -> None:

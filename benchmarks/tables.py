@@ -103,8 +103,28 @@ def start(figures: dict[str, Any]) -> str:
     return table(("part", "seconds"), [*rows, ["**altogether**", f"**{figures['seconds']:.1f}**"]])
 
 
+def sweep(figures: dict[str, Any]) -> str:
+    cells = {(c["requests"], c["output_tokens"], c["pool_tokens"]): c for c in figures["cells"]}
+    pools = sorted({pool for *_, pool in cells})
+    rows = [
+        [f"{requests} x {output:,}", *(_cell(cells.get((requests, output, pool))) for pool in pools)]
+        for requests, output in sorted({(requests, output) for requests, output, _ in cells})
+    ]
+    return table(("requests x output tokens", *(f"{pool:,} tokens of KV" for pool in pools)), rows)
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    plain, ours = (cell[side] for side in ("plain", "ours"))
+    speeds = f"{ours['tokens_per_second']:,.0f} to {plain['tokens_per_second']:,.0f}"
+    return f"**{cell['ratio']:.2f}** ({speeds}; {ours['preemptions']} and {plain['preemptions']} preempted)"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "engine": engine,
+    "engine-bundled": engine,
+    "sweep": sweep,
     "http": http,
     "router": router,
     "compaction": compaction,
