@@ -75,11 +75,11 @@ class CapacityReport:
     engine: EngineReport
     held_blocks: dict[str, int]
     """Reservation id -> blocks held now, for the requests that this report knows."""
+    finished: tuple[str, ...] = ()
+    """Reservation ids that ended since the last report."""
     output_tokens: dict[str, int] = field(default_factory=dict)
     """Reservation id -> tokens written so far by all of its sequences, for those of `held_blocks` and of `finished`
     of which the engine has told it."""
-    finished: tuple[str, ...] = ()
-    """Reservation ids that ended since the last report."""
     block_seconds: dict[str, float] = field(default_factory=dict)
     """Reservation id -> what it took, for those of `finished` that were metered."""
     tiers: dict[str, TierUsage] = field(default_factory=dict)
