@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test bench observability-check lint format clean
+.PHONY: setup demo test bench observability-check lint audit format clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ lint: setup
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+# Asks a database of known weaknesses, so it needs the network, and pip-audit installed (pip install pip-audit).
+audit: setup
+	$(RUN)/python -m pip_audit --disable-pip --no-deps -r $(REQUIREMENTS)
 
 format: setup
 	$(RUN)/ruff check --fix .

@@ -231,6 +231,59 @@ def soak(
 
 
 @app.command()
+def chaos(
+    json_path: Json = None,
+    file: Settings = LOCAL,
+    faults: Annotated[str, typer.Option(help="which ones, with commas; all without")] = "",
+) -> None:
+    """Kill and stop parts of a running fleet under load: what fails, how soon it is whole again, what is left over."""
+    from benchmarks.chaos import FAULTS, bench_chaos
+
+    chosen = [name for name in faults.split(",") if name] or list(FAULTS)
+    if unknown := sorted(set(chosen) - set(FAULTS)):
+        raise typer.BadParameter(f"there is no fault {unknown[0]}: choose from {', '.join(FAULTS)}")
+    figures = bench_chaos(file, chosen)
+    columns = (
+        "requests", "failed_visible", "failed_unstreamed", "failed_silent", "hung", "recovery_seconds",
+        "leaked_blocks", "leaked_reservations",
+    )  # fmt: skip
+    table = Table(title="Faults under steady load")
+    for heading in ("fault", *(column.replace("_", " ") for column in columns)):
+        table.add_column(heading, justify="left" if heading == "fault" else "right")
+    for name, row in figures["faults"].items():
+        table.add_row(name, *("-" if row[column] is None else str(row[column]) for column in columns))
+    _report(table, figures, json_path)
+    zeros = ("failed_silent", "hung", "leaked_blocks", "leaked_reservations")
+    if any(row["recovery_seconds"] is None or any(row[zero] for zero in zeros) for row in figures["faults"].values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fuzz(
+    json_path: Json = None,
+    file: Settings = LOCAL,
+    cases: Annotated[int, typer.Option(min=1, help="hostile requests to send")] = 5000,
+    seed: int = 0,
+) -> None:
+    """Hostile requests, made from the endpoint's own OpenAPI document: no unmeant 5xx, nothing hung, nothing leaked."""
+    from benchmarks.fuzz import bench_fuzz
+
+    figures = bench_fuzz(file, cases, seed)
+    table = Table(title=f"{figures['cases']:,} hostile requests, seed {seed}")
+    table.add_column("status")
+    table.add_column("answers", justify="right")
+    for status, count in figures["statuses"].items():
+        table.add_row(status, f"{count:,}")
+    table.caption = (
+        f"{figures['unexpected_5xx']} unexpected 5xx, {figures['hung']} hung, "
+        f"{figures['leaked_blocks']} leaked blocks, {figures['leaked_reservations']} leaked reservations"
+    )
+    _report(table, figures, json_path)
+    if any(figures[zero] for zero in ("unexpected_5xx", "hung", "leaked_blocks", "leaked_reservations")):
+        raise typer.Exit(1)
+
+
+@app.command()
 def fleet_sim(
     replicas: Annotated[int, typer.Option(min=2, help="simulated replicas")] = 1000,
     requests: Annotated[int, typer.Option(min=1, help="requests of the trace")] = 1_000_000,

@@ -6,6 +6,7 @@ back.
 """
 
 import asyncio
+import math
 import re
 import time
 from collections import defaultdict
@@ -50,7 +51,7 @@ class Traces:
             except psutil.Error:
                 continue  # it ended between the listing and the reading
 
-    def growth(self, whole_seconds: float) -> dict[str, dict[str, float]]:
+    def growth(self, whole_seconds: float) -> dict[str, dict[str, Any]]:
         """Of every process that was there to the end: the slope of its memory after the warm-up, and its bounds."""
         table = {}
         for name, samples in sorted(self.samples.items()):
@@ -64,6 +65,10 @@ class Traces:
                 "rss_mb_first": round(float(memory[warm][0]) / MEGABYTE, 1),
                 "rss_mb_last": round(float(memory[-1]) / MEGABYTE, 1),
                 "rss_mb_most": round(float(memory.max()) / MEGABYTE, 1),
+                "rss_mb_by_minute": [
+                    round(float(memory[seconds <= minute * 60][-1]) / MEGABYTE, 1)
+                    for minute in range(math.ceil(seconds[0] / 60) or 1, int(seconds[-1] / 60) + 1)
+                ],
                 "open_files_first": int(files[warm][0]),
                 "open_files_last": int(files[-1]),
             }

@@ -27,6 +27,7 @@ from deploy.settings import CoordinatorSettings
 from deploy.snapshot import REJECTION_REASONS, FleetSnapshot, TierCounts, TierSnapshot
 from deploy.tiers import Tier, with_default
 from deploy.usage import UsageBook
+from replicas.turnstile import too_many_at_once
 
 LEASE_CHECK_SECONDS = 1.0
 # For so long a request keeps away from the replica that failed it. If that one reports after that it lives, and may be
@@ -72,7 +73,7 @@ class Admission:
         """
         if demand.reservation in self._ledger or demand.reservation in self._queue:
             raise ValueError(f"reservation {demand.reservation} is in use: submit each request under a new id")
-        refusal = self._refuse_if_never(demand)
+        refusal = self._refuse_if_never(demand) or self._refuse_if_too_many(demand)
         if refusal is not None:
             return refusal
         waiting = self._enter(demand, now)
@@ -380,6 +381,19 @@ class Admission:
         if refusal is not None:
             self._counts[demand.tier].rejections[refusal.reason] += 1
         return refusal
+
+    def _refuse_if_too_many(self, demand: Demand) -> Refusal | None:
+        """A tenant has at most so many requests at once in the whole fleet, running and waiting."""
+        limit = self._tiers[demand.tier].concurrent_requests
+        if limit is None:
+            return None
+        charges = (charge for shares in self._shares.values() for charge in shares.charges.items())
+        mine = [reservation for reservation, charge in charges if charge.flow[0] == demand.tenant]
+        if sum(reservation in self._ledger or reservation in self._queue for reservation in mine) < limit:
+            return None
+        reason = "concurrent_requests"
+        self._counts[demand.tier].rejections[reason] += 1
+        return Refusal(demand.reservation, 429, reason, too_many_at_once(limit), retry_after_seconds=1)
 
     def _refuse_late(self, waiting: Waiting, now: float) -> Refusal:
         waited = f"The request waited for {now - waiting.since:.0f} s (queue_deadline_seconds)"

@@ -80,6 +80,8 @@ def _start_coordinator(settings: FleetSettings) -> None:
 
 
 def build(settings: FleetSettings) -> Application:
+    access = settings.access_on(settings.http.host)
+    allowances = {name: tier.allowance for name, tier in settings.tiers.items()}
     environment = _ENGINE if settings.gpus_per_replica else {**_ENGINE, **_CPU_ENGINE}
     replica = serve.deployment(
         Replica,
@@ -106,6 +108,9 @@ def build(settings: FleetSettings) -> Application:
             compression=settings.compression,
             heartbeat_seconds=settings.coordinator.heartbeat_seconds,
             coordinator=(NAME, NAMESPACE),
+            access=access,
+            limits=settings.limits,
+            allowances=allowances,
         )
     )
     router = serve.deployment(
@@ -119,6 +124,7 @@ def build(settings: FleetSettings) -> Application:
         Served(settings.served_model_name, settings.engine.max_model_len),
         settings.coordinator.queue_deadline_seconds,
         settings.tiers,
-        settings.keyring(),
+        access,
+        settings.limits,
     )
     return with_router(replica, router)

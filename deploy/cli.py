@@ -18,6 +18,7 @@ from dashboards.cli import app as dashboards_app
 from deploy.calibrate_cli import calibrate
 from deploy.doctor_cli import doctor
 from deploy.fleet import FleetError, answers, endpoint, running_fleet
+from deploy.keys_cli import app as keys_app
 from deploy.kubernetes.cli import app as k8s_app
 from deploy.plan_cli import plan
 from deploy.settings import FleetSettings, SettingsError, load_settings
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(bench_app, name="bench")
 app.add_typer(k8s_app, name="k8s")
+app.add_typer(keys_app, name="keys")
 app.command()(plan)
 app.command()(evaluate)
 app.command()(calibrate)

@@ -29,6 +29,7 @@ from rich.progress import (
 from rich.table import Table
 
 from deploy import metrics
+from deploy.keys import key_header
 from deploy.load import Outcome, mixed_load, run_load
 from deploy.metrics import Descriptor
 
@@ -143,7 +144,7 @@ async def _run(endpoint: str, model: str, console: Console, requests: int, concu
         TextColumn("{task.fields[headroom]}"),
         console=console,
     )
-    async with httpx.AsyncClient(base_url=endpoint, timeout=30) as http:
+    async with httpx.AsyncClient(base_url=endpoint, timeout=30, headers=key_header()) as http:
         before = await _scrape(http)
         if not before.by_replica(metrics.TOTAL_BLOCKS):
             raise DemoError(f"no replica has reported to the fleet at {endpoint}: wait until it is up and try again")

@@ -1,6 +1,7 @@
 """Starts a fleet on this machine and stops it so that no process is left."""
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import httpx
 
+from deploy.keys import key_header
 from deploy.settings import FleetSettings
 
 # In the environment of every process of a fleet, so that what outlives Ray's own stop is found by its id.
 MARK = "TRIFLEET_FOLDER"
 # Ray's own switches: nothing is sent home, and engines are not niced below the processes that feed them.
-RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+# No record of single tasks: every capacity report is one, and Ray's control store would grow by each.
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_task_events_report_interval_ms": "0"}
 START_DEADLINE_SECONDS = 600.0
 STOP_DEADLINE_SECONDS = 20.0
 GRACEFUL_STOP_SECONDS = 8.0
@@ -37,6 +40,7 @@ def running_fleet(settings: FleetSettings, progress: Progress = lambda part: Non
     """A fleet that serves; yields its endpoint. Stopped on leaving, also by an exception or Ctrl-C."""
     from deploy import haproxy
 
+    settings.access_on(settings.http.host)  # raises before anything is started
     _check_port(settings)
     folder = Path(tempfile.mkdtemp(prefix="trifleet-", dir="/tmp"))
     variables = {**RAY, **haproxy.environment(settings), **haproxy.private(folder), MARK: str(folder)}
@@ -72,14 +76,28 @@ def endpoint(settings: FleetSettings) -> str:
 
 
 def answers(url: str, replicas: int = 1) -> bool:
-    """Whether a fleet answers there now, and requests get to at least so many of its replicas."""
+    """Whether a fleet answers there now, with a state in which at least so many replicas can be sent to, or by asking
+    for a key."""
     try:
-        response = httpx.get(f"{url}/fleet", timeout=5)
+        response = httpx.get(f"{url}/fleet", timeout=5, headers=key_header())
     except httpx.HTTPError:
         return False
-    if response.status_code != 200:
-        return False
-    return sum(replica["reachable"] for replica in response.json()["replicas"]) >= replicas
+    if response.status_code == 200:
+        return sum(replica["reachable"] for replica in response.json()["replicas"]) >= replicas
+    return response.status_code == 401
+
+
+def _reachable() -> int:
+    """Replicas to which requests can go, as the coordinator knows. Asked by way of Ray, which needs no key."""
+    import ray
+
+    from deploy.coordinator import NAME, NAMESPACE
+
+    try:
+        status = ray.get(ray.get_actor(NAME, namespace=NAMESPACE).status.remote(), timeout=5)
+    except (ray.exceptions.RayError, ValueError):  # it starts, or has no name yet
+        return 0
+    return sum(replica["reachable"] for replica in json.loads(status)["replicas"])
 
 
 def _start_ray(settings: FleetSettings) -> None:
@@ -135,7 +153,7 @@ def _await_running(settings: FleetSettings, progress: Progress) -> None:
         replicas = status.deployments.get(REPLICA)
         running = replicas.replica_states.get("RUNNING", 0) if replicas else 0
         progress(f"engines, {running} of {settings.replicas} up")
-        if status.status.value == "RUNNING" and answers(endpoint(settings), settings.replicas):
+        if status.status.value == "RUNNING" and answers(endpoint(settings)) and _reachable() >= settings.replicas:
             return
         if status.status.value == "DEPLOY_FAILED" or time.monotonic() > deadline:
             reasons = [deployment.message for deployment in status.deployments.values() if deployment.message]

@@ -5,6 +5,7 @@ reads its metrics.
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import openai
 
 import bundled
+from deploy.keys import KEY_VARIABLE
 
 SHORTEST_LONG_OUTPUT = 1500
 SHORT_OUTPUT_LIMIT = 120
@@ -76,7 +78,10 @@ async def run_load(
     slots = asyncio.Semaphore(concurrency)
     # No retries: a refusal is a result here.
     async with openai.AsyncOpenAI(
-        base_url=f"{endpoint}/v1", api_key="none", max_retries=0, timeout=REQUEST_TIMEOUT_SECONDS
+        base_url=f"{endpoint}/v1",
+        api_key=os.environ.get(KEY_VARIABLE, "none"),
+        max_retries=0,
+        timeout=REQUEST_TIMEOUT_SECONDS,
     ) as client:
 
         async def one(request: LoadRequest) -> Outcome:

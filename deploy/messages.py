@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deploy.tiers import ANONYMOUS, DEFAULT_TIER
+from replicas.access import ANONYMOUS, DEFAULT_TIER
 from replicas.messages import CapacityReport, GpuReading, Pace, ReplicaLimits, TierUsage
 
 __all__ = [

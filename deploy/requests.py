@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from deploy.affinity import prefix_hashes
 from deploy.messages import Demand
-from deploy.tiers import Tenant, Tier
+from deploy.tiers import Tier
+from replicas.access import Tenant
 from replicas.headers import Answer
+from replicas.limits import RequestLimits, check_body, check_size
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions; chat has none
 
@@ -40,14 +42,24 @@ class Admissible:
 
 
 def examine(
-    raw: bytes, reservation: str, served: Served, counter: TokenCounter, tenant: Tenant, tier: Tier
+    raw: bytes,
+    reservation: str,
+    served: Served,
+    counter: TokenCounter,
+    tenant: Tenant,
+    tier: Tier,
+    limits: RequestLimits,
 ) -> Admissible | Answer:
     """The demand of a request of `tenant`, whose tier is `tier`, or the answer that refuses it."""
     limit = _Limit("max_model_len", served.max_model_len)
     if tier.max_context_tokens is not None and tier.max_context_tokens < limit.tokens:
         limit = _Limit(f"max_context_tokens of tier {tenant.tier}", tier.max_context_tokens)
+    if refused := check_size(len(raw), limits):
+        return refused
     try:
         body = _body(raw)
+        if refused := check_body(body, limits):
+            return refused
         _check_model(body, served)
         kind = _kind(body)
         limit_name = _limit_name(body)
@@ -108,6 +120,8 @@ def _body(raw: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise _Wrong(f"The request body is not valid JSON: {error.msg} at {where}.") from None
+    except ValueError:
+        raise _Wrong("The request body is not usable JSON: it holds a number of too many digits.") from None
     except RecursionError:
         raise _Wrong("The request body is not usable JSON: it is nested too deeply.") from None
     if not isinstance(body, dict):

@@ -35,7 +35,8 @@ from deploy.coordinator import NAME, NAMESPACE
 from deploy.haproxy_wrapper import AGAIN_PREFIX
 from deploy.messages import Decision, Demand, Placement, Refusal
 from deploy.requests import Admissible, Served, examine, too_large
-from deploy.tiers import Keyring, Tier, with_default
+from deploy.tiers import Tier, with_default
+from replicas.access import Access
 from replicas.headers import (
     KIND,
     LENGTH_CLASS,
@@ -47,6 +48,8 @@ from replicas.headers import (
     Answer,
     new_reservation,
 )
+from replicas.limits import RequestLimits
+from replicas.turnstile import Turnstile
 
 logger = logging.getLogger("ray.serve")
 
@@ -73,7 +76,8 @@ class Router:
         served: Served,
         queue_deadline_seconds: float,
         tiers: Mapping[str, Tier],
-        keyring: Keyring,
+        access: Access,
+        limits: RequestLimits,
     ) -> None:
         # Here, because transformers takes seconds to import and the driver needs only this class's name.
         from deploy.tokens import ModelTokens
@@ -81,7 +85,9 @@ class Router:
         self._replicas = replicas
         self._served = served
         self._tiers = with_default(tiers)
-        self._keyring = keyring
+        self._access = access
+        self._limits = limits
+        self._turnstile = Turnstile()
         self._patience = queue_deadline_seconds + COORDINATOR_GRACE_SECONDS
         self._tokens = ModelTokens(model)
         # One thread: tokenizing stays off the event loop, and the tokenizer is not thread-safe.
@@ -103,19 +109,29 @@ class Router:
     async def route(self, request: Request) -> dict[str, Any]:
         """HAProxy's question: the client's body, whole or cut. The answer is `_route_to`'s."""
         arrived_at = time.monotonic()
-        tenant = self._keyring.tenant(request.headers.get("authorization"))
+        tenant = self._access.keyring.tenant(request.headers.get("authorization"))
+        failed = _came_back(request)
+        if self._access.is_required and not tenant.is_known:
+            # The replica refuses it, which knows the path as well: here it only books nothing.
+            self._count_refusal(tenant.tier, "no_key")
+            return _route_to(await self._pick(None), {})
+        if failed is None and (
+            busy := self._turnstile.begin(tenant.name, self._tiers[tenant.tier].allowance, arrived_at)
+        ):
+            return await self._refused(busy, tenant.tier, "requests_per_minute")
         if cut := request.headers.get("x-body-truncated"):
             return await self._refused(too_large(cut), tenant.tier, "body_too_large")
         body = await request.body()
         examined = await asyncio.get_running_loop().run_in_executor(
             self._threads,
             examine, body, new_reservation(), self._served, self._tokens, tenant, self._tiers[tenant.tier],
+            self._limits,
         )  # fmt: skip
         if isinstance(examined, Answer):
             reason = "unknown_model" if examined.status == 404 else "bad_request"
             return await self._refused(examined, tenant.tier, reason)
         examined = replace(examined, demand=replace(examined.demand, node=self._node))
-        return await self._placed(examined, failed=_came_back(request), arrived_at=arrived_at)
+        return await self._placed(examined, failed=failed, arrived_at=arrived_at)
 
     async def _placed(self, request: Admissible, failed: str | None, arrived_at: float) -> dict[str, Any]:
         """`failed`: the reservation under which a replica has failed this request already."""
@@ -190,9 +206,12 @@ class Router:
                 await self._ask("report", report)
 
     async def _refused(self, answer: Answer, tier: str, reason: str) -> dict[str, Any]:
+        self._count_refusal(tier, reason)
+        return _route_to(await self._pick(None), {REFUSAL: answer.encode()})
+
+    def _count_refusal(self, tier: str, reason: str) -> None:
         self._refused_alone[tier, reason] += 1
         self._tell_counts()
-        return _route_to(await self._pick(None), {REFUSAL: answer.encode()})
 
     def _tell_counts(self) -> None:
         """In the background, and again with the next ones if there is no coordinator now."""

@@ -5,6 +5,7 @@ Owns defaults and the sentences for mistakes. What the settings mean is decided 
 """
 
 import difflib
+import ipaddress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,7 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 import bundled
-from deploy.tiers import Keyring, Tier, TierKeyError, check_names, keyring
+from deploy.tiers import Tier, TierKeyError, check_keys, check_names, keyring
+from replicas.access import Access
+from replicas.limits import RequestLimits
 from triattention.config import CompressionConfig
 
 BUNDLED = "bundled"
@@ -158,6 +161,23 @@ class HttpSettings(_Settings):
     port: int = Field(default=8000, ge=1, le=65535)
 
 
+class AccessSettings(_Settings):
+    """Who may use the endpoint. Keys of the tiers are for requests, admin keys for everything."""
+
+    required: bool | None = Field(
+        default=None, description="whether requests need a key; null: on every address but the loopback"
+    )
+    keys_file: Path | None = Field(
+        default=None, description="lines of `sha256:HEX TIER`, read again when it changes; the same path on every node"
+    )
+    admin_keys: tuple[str, ...] = Field(default=(), description="sha256:HEX or env:NAME, as the keys of a tier")
+
+    @field_validator("admin_keys")
+    @classmethod
+    def _keys_are_no_secrets(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        return check_keys(keys)
+
+
 class FleetSettings(_Settings):
     """A whole fleet. `model` is a path, a model id, or the word `bundled`."""
 
@@ -174,6 +194,8 @@ class FleetSettings(_Settings):
         default=3600.0, gt=0, description="a replica told to stop finishes what it has for at most so long"
     )
     tiers: dict[str, Tier] = Field(default_factory=dict, description='by name; "default" is for all other requests')
+    access: AccessSettings = AccessSettings()
+    limits: RequestLimits = RequestLimits()
     http: HttpSettings = HttpSettings()
 
     @field_validator("tiers")
@@ -222,12 +244,29 @@ class FleetSettings(_Settings):
             **engine.extra,
         }
 
-    def keyring(self) -> Keyring:
-        """The API keys' hashes. Raises `SettingsError` for a key whose environment variable is not set."""
+    def keys_required(self, host: str) -> bool:
+        """Whether requests to this address need a key. Raises `SettingsError` where others reach it and neither keys
+        are named nor the settings say that none are needed."""
+        required = not _is_loopback(host) if self.access.required is None else self.access.required
+        tiers = self.tiers.values()
+        if required and not (self.access.keys_file or self.access.admin_keys or any(tier.keys for tier in tiers)):
+            raise SettingsError(
+                f"http.host is {host} and requests need a key there, but the settings name none: make one with "
+                "`trifleet keys new` and name it in access.keys_file or in a tier, or set access.required: false to "
+                "let in whoever reaches that address."
+            )
+        return required
+
+    def access_on(self, host: str) -> Access:
+        """Who may use an endpoint on this address. Raises `SettingsError` as `keys_required`, and for a key that
+        cannot be resolved here."""
+        required = self.keys_required(host)
+        file = self.access.keys_file
         try:
-            return keyring(self.tiers)
+            keys = keyring(self.tiers, admin_keys=self.access.admin_keys, file=file and file.absolute())
         except TierKeyError as error:
             raise SettingsError(str(error)) from None
+        return Access(keys, required)
 
     def without_compression(self) -> "FleetSettings":
         """The same fleet with the same KV memory, compression off."""
@@ -273,12 +312,21 @@ def _sentence(error: dict[str, Any]) -> str:
     return f"{name} is {error['input']!r}: it {message}"
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _known_names(location: tuple[int | str, ...]) -> list[str]:
     """The settings that exist at a place such as ("engine",)."""
     parts: dict[str, type[BaseModel]] = {
         "engine": EngineSettings,
         "coordinator": CoordinatorSettings,
         "http": HttpSettings,
+        "access": AccessSettings,
+        "limits": RequestLimits,
         "compression": CompressionConfig,
         "tiers": Tier,
         "autoscaling": Autoscaling,

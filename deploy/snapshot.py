@@ -7,7 +7,14 @@ from deploy.ledger import ReplicaSnapshot
 from deploy.messages import TierUsage
 from deploy.queue import LONG, SHORT
 
-REJECTION_REASONS = ("over_max_model_len", "over_kv_pool", "queue_full", "queue_deadline", "no_replica")
+REJECTION_REASONS = (
+    "over_max_model_len",
+    "over_kv_pool",
+    "queue_full",
+    "queue_deadline",
+    "no_replica",
+    "concurrent_requests",
+)
 WAIT_BUCKETS_SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.fleet import FleetError
+from deploy.keys import key_header
 
 REFRESH_SECONDS = 1.0
 BAR_CELLS = 30
@@ -28,7 +29,7 @@ Fleet = dict[str, Any]
 def read_fleet(url: str) -> Fleet:
     """Raises `FleetError` where none answers."""
     try:
-        response = httpx.get(f"{url}/fleet", headers={"accept": "application/json"}, timeout=5)
+        response = httpx.get(f"{url}/fleet", headers={"accept": "application/json", **key_header()}, timeout=5)
         response.raise_for_status()
         fleet: Fleet = response.json()
     except (httpx.HTTPError, ValueError) as error:

@@ -6,22 +6,19 @@ context in `requests.py`, order and share of the queue in `admission.py` and `fa
 """
 
 import hashlib
-import hmac
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-DEFAULT_TIER = "default"
-# The tenant of all requests without a key of the settings: they share one share.
-ANONYMOUS = "anonymous"
+from replicas.access import ADMIN, DEFAULT_TIER, Keyring, KeysFileError, Tenant, tenant_of
+from replicas.turnstile import Allowance
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _VARIABLE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-_TENANT_DIGITS = 16
 
 
 class Tier(BaseModel):
@@ -41,49 +38,35 @@ class Tier(BaseModel):
         default=None, gt=0, description="queued requests are due after so long; null: after aging_seconds"
     )
 
+    concurrent_requests: int | None = Field(
+        default=None, ge=1, description="of one key, running and waiting; null: no limit"
+    )
+    requests_per_minute: int | None = Field(default=None, ge=1, description="of one key; null: no limit")
+
     @field_validator("keys")
     @classmethod
     def _keys_are_no_secrets(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        for number, key in enumerate(keys):
-            if not _DIGEST.fullmatch(key) and not _VARIABLE.fullmatch(key):
-                # The value is not repeated: it may be the key itself.
-                raise ValueError(
-                    f"entry {number} is neither sha256: with 64 hexadecimal digits nor env: with a variable's name; "
-                    "`printf %s KEY | sha256sum` makes the hash of a key"
-                )
-        return keys
+        return check_keys(keys)
+
+    @property
+    def allowance(self) -> Allowance:
+        return Allowance(self.concurrent_requests, self.requests_per_minute)
+
+
+def check_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Raises ValueError for an entry that names no key."""
+    for number, key in enumerate(keys):
+        if not _DIGEST.fullmatch(key) and not _VARIABLE.fullmatch(key):
+            # The value is not repeated: it may be the key itself.
+            raise ValueError(
+                f"entry {number} is neither sha256: with 64 hexadecimal digits nor env: with a variable's name; "
+                "`trifleet keys new` makes a key and its hash"
+            )
+    return keys
 
 
 class TierKeyError(ValueError):
     """A key of the settings cannot be used; the message is a sentence."""
-
-
-@dataclass(frozen=True)
-class Tenant:
-    """Who a request is from. `name` is safe to log: the beginning of the key's hash."""
-
-    name: str
-    tier: str
-
-
-class Keyring:
-    """Hashes of all API keys, and whose they are."""
-
-    def __init__(self, digests: Mapping[bytes, Tenant]) -> None:
-        self._digests = tuple(digests.items())
-
-    def tenant(self, authorization: str | None) -> Tenant:
-        """The tenant of an Authorization header; an unknown key is as good as none.
-
-        Compares with every hash, each in constant time: how long it takes tells nothing of the keys.
-        """
-        scheme, _, key = (authorization or "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        found = Tenant(ANONYMOUS, DEFAULT_TIER)
-        for known, tenant in self._digests:
-            if hmac.compare_digest(known, digest) and scheme.lower() == "bearer":
-                found = tenant
-        return found
 
 
 def with_default(tiers: Mapping[str, Tier]) -> dict[str, Tier]:
@@ -91,34 +74,44 @@ def with_default(tiers: Mapping[str, Tier]) -> dict[str, Tier]:
     return {DEFAULT_TIER: Tier(), **tiers}
 
 
-def check_names(tiers: Mapping[str, Tier]) -> None:
+def check_names(tiers: Iterable[str]) -> None:
     """Tiers are labels of metrics and travel in a header. Raises ValueError."""
     for name in tiers:
+        if name == ADMIN:
+            raise ValueError(f'"{ADMIN}" is not a tier: its keys are access.admin_keys')
         if not _NAME.fullmatch(name):
             raise ValueError(
                 f'"{name}" is not a tier\'s name: use up to 32 lower-case letters, digits, - and _, a letter first'
             )
 
 
-def keyring(tiers: Mapping[str, Tier], environment: Mapping[str, str] = os.environ) -> Keyring:
+def keyring(
+    tiers: Mapping[str, Tier],
+    environment: Mapping[str, str] = os.environ,
+    admin_keys: tuple[str, ...] = (),
+    file: Path | None = None,
+) -> Keyring:
     """Resolve every key of the settings to its hash. Raises `TierKeyError`."""
     digests: dict[bytes, Tenant] = {}
-    for name, tier in tiers.items():
-        for key in tier.keys:
-            digest = _digest(key, name, environment)
-            if digest in digests:
-                raise TierKeyError(
-                    f"tiers.{name}.keys names a key that tier {digests[digest].tier} has as well: remove one of them"
-                )
-            digests[digest] = Tenant(digest.hex()[:_TENANT_DIGITS], name)
-    return Keyring(digests)
+    named = [(f"tiers.{name}.keys", name, key) for name, tier in tiers.items() for key in tier.keys]
+    named += [("access.admin_keys", ADMIN, key) for key in admin_keys]
+    for setting, tier, key in named:
+        digest = _digest(key, setting, environment)
+        if digest in digests:
+            other = ADMIN if digests[digest].is_admin else digests[digest].tier
+            raise TierKeyError(f"{setting} names a key that tier {other} has as well: remove one of them")
+        digests[digest] = tenant_of(digest, tier)
+    try:
+        return Keyring(digests, file, frozenset(tiers))
+    except KeysFileError as error:
+        raise TierKeyError(f"access.keys_file: {error}") from None
 
 
-def _digest(key: str, tier: str, environment: Mapping[str, str]) -> bytes:
+def _digest(key: str, setting: str, environment: Mapping[str, str]) -> bytes:
     kind, _, value = key.partition(":")
     if kind == "sha256":
         return bytes.fromhex(value)
     secret = environment.get(value)
     if not secret:
-        raise TierKeyError(f"tiers.{tier}.keys names the environment variable {value}, which is not set: set it")
+        raise TierKeyError(f"{setting} names the environment variable {value}, which is not set: set it")
     return hashlib.sha256(secret.encode()).digest()

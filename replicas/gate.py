@@ -100,7 +100,7 @@ class Gate:
     async def _admitted(self, scope: Scope, receive: Receive, send: Send, reservation: str | None) -> None:
         headers = MutableHeaders(scope=scope)
         if answer := _refusal(scope["path"], headers):
-            await _refuse(answer)(scope, receive, send)
+            await answer_with(answer)(scope, receive, send)
             return
         if limit := headers.get(OUTPUT_LIMIT):
             receive = await _limited(headers, receive, _LIMIT_FIELD.get(scope["path"], "max_tokens"), int(limit))
@@ -168,7 +168,7 @@ def _refusal(path: str, headers: MutableHeaders) -> Answer | None:
     return None
 
 
-def _refuse(answer: Answer) -> Response:
+def answer_with(answer: Answer) -> Response:
     headers = {}
     if answer.retry_after_seconds is not None:
         headers["retry-after"] = str(answer.retry_after_seconds)
@@ -184,4 +184,4 @@ async def _render(page: Page, headers: MutableHeaders) -> Response:
     except Exception:
         # Whatever keeps the coordinator or another replica from answering, a scrape gets a sentence and not a trace.
         answer = Answer(503, "service_unavailable", "The coordinator does not answer now: ask again in a second.")
-        return _refuse(answer)
+        return answer_with(answer)

@@ -7,6 +7,7 @@ the fleet can name this class without loading it.
 import asyncio
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,17 @@ from ray import serve
 from ray.actor import ActorHandle
 from starlette.types import ASGIApp
 
+from replicas.access import Access
+from replicas.door import Door
 from replicas.exposition import merged
 from replicas.fleet_page import fleet_page
 from replicas.gate import Gate, Page
 from replicas.gpu import GpuMeter
+from replicas.limits import RequestLimits
 from replicas.messages import CapacityReport, ReplicaLimits
 from replicas.ray_export import RayExport
 from replicas.reporter import Reporter
+from replicas.turnstile import Allowance
 from triattention.config import CompressionConfig
 
 if TYPE_CHECKING:
@@ -44,6 +49,10 @@ class ReplicaOptions:
     heartbeat_seconds: float
     coordinator: tuple[str, str]
     """Name and namespace of the coordinator's actor."""
+    access: Access
+    limits: RequestLimits
+    allowances: Mapping[str, Allowance]
+    """By tier."""
 
 
 @serve.ingress()
@@ -85,7 +94,8 @@ class Replica:
             "/fleet": Page("application/json", lambda: self._ask("status"), fleet_page),
         }
         started = self._engine
-        return Gate(started.app, reporter, pages, lambda: started.is_dead)
+        gate = Gate(started.app, reporter, pages, lambda: started.is_dead)
+        return Door(gate, options.access, options.limits, options.allowances, reporter)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead or nothing is reported any more: Serve then replaces this replica."""

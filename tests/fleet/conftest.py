@@ -21,6 +21,7 @@ import bundled
 from deploy.haproxy import free_ports
 
 MODEL = "tiny-walker"
+GOLD_KEY = "tf-a-key-of-gold-0123456789"
 MAX_MODEL_LEN = 2048
 BLOCKS = 97  # per replica, the null block among them
 START_SECONDS = 400
@@ -97,6 +98,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
         },
         "compression": {"budget": 128, "interval": 64, "window": 32},
         "coordinator": {"queue_length": 4, "queue_deadline_seconds": 20, "stale_report_seconds": 5, "lease_seconds": 4},
+        "tiers": {"gold": {"keys": ["env:GOLD_KEY"], "concurrent_requests": 1}},
         "http": {"port": port},
     }
     file = folder / "fleet.yaml"
@@ -104,7 +106,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     log = folder / "up.log"
     with log.open("wb") as out:
         command = [Path(sys.executable).parent / "trifleet", "up", "-f", str(file)]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "GOLD_KEY": GOLD_KEY},
+        )  # fmt: skip
     running = RunningFleet(process, f"http://127.0.0.1:{port}", log)
     try:
         deadline = time.monotonic() + START_SECONDS

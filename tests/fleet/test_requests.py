@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from deploy.requests import Admissible, Served, examine
-from deploy.tiers import ANONYMOUS, DEFAULT_TIER, Tenant, Tier
+from deploy.tiers import Tier
+from replicas.access import ANONYMOUS, DEFAULT_TIER, Tenant
 from replicas.headers import Answer
+from replicas.limits import RequestLimits
 
 SERVED = Served("m", 100)
 ANYONE = Tenant(ANONYMOUS, DEFAULT_TIER)
-NO_LIMIT = Tier()
 NO_LIMIT = Tier()
 MESSAGES = [{"role": "user", "content": "four words are here"}]
 
@@ -28,7 +29,7 @@ class Words:
 
 def look(body: Any, tenant: Tenant = ANYONE, tier: Tier = NO_LIMIT) -> Admissible | Answer:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return examine(raw, "rsv1", SERVED, Words(), tenant, tier)
+    return examine(raw, "rsv1", SERVED, Words(), tenant, tier, RequestLimits())
 
 
 def demand(body: Any) -> tuple[int, int, int]:
@@ -75,7 +76,7 @@ def test_what_cannot_be_counted_is_admitted_with_a_byte_per_token_and_left_to_vl
             raise ValueError("not a text that I know")
 
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 30}
-    found = examine(json.dumps(body).encode(), "rsv1", SERVED, Clueless(), ANYONE, Tier())
+    found = examine(json.dumps(body).encode(), "rsv1", SERVED, Clueless(), ANYONE, Tier(), RequestLimits())
     assert isinstance(found, Admissible)
     assert found.demand.prompt_tokens == min(99, len(json.dumps(body)))
     assert found.demand.total_tokens == 100

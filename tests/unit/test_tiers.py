@@ -6,7 +6,8 @@ import hmac
 import pytest
 
 from deploy.settings import SettingsError, parse_settings
-from deploy.tiers import ANONYMOUS, DEFAULT_TIER, Tenant, Tier, TierKeyError, keyring
+from deploy.tiers import Tier, TierKeyError, keyring
+from replicas.access import ANONYMOUS, DEFAULT_TIER, Tenant
 
 KEY = "sk-very-secret"
 HASH = "sha256:" + hashlib.sha256(KEY.encode()).hexdigest()
@@ -41,7 +42,7 @@ def test_every_hash_is_compared_so_that_time_tells_nothing(monkeypatch):
         compared.append(known)
         return real(known, digest)
 
-    monkeypatch.setattr("deploy.tiers.hmac.compare_digest", compare)
+    monkeypatch.setattr("replicas.access.hmac.compare_digest", compare)
     ring = keyring({"gold": Tier(keys=(HASH, "env:OTHER"))}, {"OTHER": "another"})
     for key in (KEY, "another", "unknown"):
         compared.clear()

@@ -1,0 +1,49 @@
+"""`trifleet keys new`: make an API key. It is shown once; what is kept is its hash."""
+
+import hashlib
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from deploy.tiers import check_names
+from replicas.access import ADMIN
+
+PREFIX = "tf-"
+KEY_BYTES = 32
+
+app = typer.Typer(help="API keys of a fleet.", no_args_is_help=True)
+
+
+@app.callback()
+def _keys() -> None:
+    """A group, though it has one command: `trifleet keys new`."""
+
+
+@app.command()
+def new(
+    tier: Annotated[str, typer.Option(help=f"the key's tier, or {ADMIN}")] = "default",
+    file: Annotated[Path | None, typer.Option(help="append the hash to this keys file (access.keys_file)")] = None,
+) -> None:
+    """Make a key, print it, and print its hash or append that to a keys file."""
+    console = Console()
+    try:
+        check_names([tier] if tier != ADMIN else [])
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
+    line = f"sha256:{hashlib.sha256(key.encode()).hexdigest()} {tier}"
+    console.print(f"Key (shown this once): {key}", markup=False, soft_wrap=True, highlight=False)
+    if file is None:
+        console.print(f"Line for access.keys_file: {line}", markup=False, soft_wrap=True, highlight=False)
+        return
+    is_new = not file.exists()
+    before = "" if is_new else file.read_text()
+    with file.open("a") as out:
+        out.write(("\n" if before and not before.endswith("\n") else "") + line + "\n")
+    if is_new:
+        file.chmod(0o600)
+    console.print(f"Its hash is in {file}; a running fleet takes it at once.", markup=False, soft_wrap=True)

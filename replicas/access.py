@@ -1,0 +1,183 @@
+"""Who may ask for what: API keys, and what each path of a replica takes to be answered.
+
+A replica is the fleet's HTTP server, so what is decided here holds whichever way a request came; the router decides
+the same earlier, so that a refused request books nothing. Keys are known by their SHA-256 only.
+"""
+
+import base64
+import hashlib
+import hmac
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from replicas.headers import Answer
+
+logger = logging.getLogger("ray.serve")
+
+DEFAULT_TIER = "default"
+ADMIN = "admin"
+"""In a keys file, where a tier stands for others: a key for the pages and everything else that is not a client's."""
+ANONYMOUS = "anonymous"
+"""The tenant of all requests without a known key: they share one share."""
+
+_TENANT_DIGITS = 16
+_LINE = re.compile(r"sha256:([0-9a-f]{64})\s+(\S+)")
+
+# For probes, which have no key. They say that the process answers and nothing else.
+_OPEN = frozenset({"/health", "/ping", "/-/healthz"})
+_CLIENTS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/version",
+    }
+)
+
+
+class KeysFileError(ValueError):
+    """A keys file cannot be used; the message is a sentence that repeats nothing of the file."""
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Who a request is from. `name` is safe to log: the beginning of the key's hash."""
+
+    name: str
+    tier: str
+    is_admin: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        return self.name != ANONYMOUS
+
+
+_NOBODY = Tenant(ANONYMOUS, DEFAULT_TIER)
+
+
+def tenant_of(digest: bytes, tier: str) -> Tenant:
+    """`tier` may be ADMIN."""
+    name = digest.hex()[:_TENANT_DIGITS]
+    return Tenant(name, DEFAULT_TIER, is_admin=True) if tier == ADMIN else Tenant(name, tier)
+
+
+class Keyring:
+    """Hashes of all API keys, and whose they are. A keys file is read again whenever it changes."""
+
+    def __init__(
+        self, digests: Mapping[bytes, Tenant], file: Path | None = None, tiers: frozenset[str] = frozenset()
+    ) -> None:
+        """`tiers`: those that `file` may name. Raises `KeysFileError`."""
+        self._fixed = tuple(digests.items())
+        self._file = file
+        self._tiers = tiers
+        self._of_file: tuple[tuple[bytes, Tenant], ...] = ()
+        self._seen: tuple[int, int, int] | None = None
+        if file is not None:
+            self._seen = _version(file)
+            self._of_file = tuple(read_keys(file, tiers).items())
+
+    def tenant(self, authorization: str | None) -> Tenant:
+        """The tenant of an Authorization header, Bearer or Basic (the password); an unknown key is as good as none.
+
+        Compares with every hash, each in constant time: how long it takes tells nothing of the keys.
+        """
+        self._reread()
+        key = _key(authorization or "")
+        digest = hashlib.sha256((key or "").encode(errors="surrogateescape")).digest()
+        found = _NOBODY
+        for known, tenant in (*self._fixed, *self._of_file):
+            if hmac.compare_digest(known, digest) and key is not None:
+                found = tenant
+        return found
+
+    def _reread(self) -> None:
+        """A file that cannot be used leaves the keys as they were: a slip must not shut everybody out."""
+        if self._file is None:
+            return
+        try:
+            seen = _version(self._file)
+            if seen == self._seen:
+                return
+            self._seen = seen
+            self._of_file = tuple(read_keys(self._file, self._tiers).items())
+            logger.info("%s holds %d keys now.", self._file, len(self._of_file))
+        except KeysFileError as error:
+            if self._seen is not None:
+                logger.error("%s The keys stay as they were.", error)
+            self._seen = None
+
+
+def _version(file: Path) -> tuple[int, int, int]:
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise KeysFileError(f"The keys file {file} cannot be read: {error.strerror}.") from None
+    return state.st_mtime_ns, state.st_size, state.st_ino
+
+
+def read_keys(file: Path, tiers: frozenset[str]) -> dict[bytes, Tenant]:
+    """Lines of `sha256:HEX TIER`, or `admin` for the tier; # begins a comment. Raises `KeysFileError`."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeysFileError(f"The keys file {file} cannot be read: {type(error).__name__}.") from None
+    keys: dict[bytes, Tenant] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].strip()
+        if not words:
+            continue
+        found = _LINE.fullmatch(words)
+        if found is None:
+            # The line is not repeated: it may hold a key.
+            raise KeysFileError(
+                f"Line {number} of {file} is not `sha256:HEX TIER`: `trifleet keys new` writes such a line."
+            )
+        tier = found.group(2)
+        if tier not in tiers | {ADMIN, DEFAULT_TIER}:
+            known = ", ".join(sorted(tiers | {ADMIN, DEFAULT_TIER}))
+            raise KeysFileError(f"Line {number} of {file} names tier {tier}, which is none: known are {known}.")
+        digest = bytes.fromhex(found.group(1))
+        if digest in keys:
+            raise KeysFileError(f"Line {number} of {file} repeats a key: remove one of the two lines.")
+        keys[digest] = tenant_of(digest, tier)
+    return keys
+
+
+def _key(authorization: str) -> str | None:
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":  # what a browser sends, and Prometheus' basic_auth
+        try:
+            return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
+        except ValueError:  # not Base64, or not UTF-8 in it
+            return None
+    return None
+
+
+@dataclass(frozen=True)
+class Access:
+    keyring: Keyring
+    is_required: bool
+    """Whether a request needs a key at all. Where not, an unknown key is of the tier "default"."""
+
+    def refusal(self, path: str, tenant: Tenant) -> Answer | None:
+        """What a request of `tenant` for `path` is answered instead, if anything."""
+        if not self.is_required or path in _OPEN or tenant.is_admin:
+            return None
+        if not tenant.is_known:
+            return Answer(
+                401, "AuthenticationError", "The API key is missing or unknown: send Authorization: Bearer KEY."
+            )
+        if path not in _CLIENTS:
+            return Answer(403, "PermissionDeniedError", "This path is for an admin key: see access.admin_keys.")
+        return None
