@@ -7,6 +7,7 @@ import pytest
 from deploy.admission import Admission
 from deploy.messages import Demand, Placement, Refusal
 from deploy.settings import CoordinatorSettings
+from deploy.tiers import Tier
 from tests.unit.reports import compression, report
 
 # In all of these a block has 32 tokens, and compression is off unless it is named.
@@ -480,3 +481,24 @@ def test_the_snapshot_counts_what_was_decided():
     assert seen.queue_length == {"short": 0, "long": 1}
     assert seen.queued_blocks == 90
     assert sum(seen.tiers["default"].counts.waits["long"].counts) == 1
+
+
+def test_a_key_has_so_many_requests_at_once_in_the_whole_fleet_running_and_waiting():
+    core = Admission(CoordinatorSettings(), random.Random(0), {"gold": Tier(concurrent_requests=3)})
+    core.observe(report(total=90), 0)
+    core.observe(report("b", total=45), 0)
+
+    def submit(name, tenant="k1"):
+        return core.submit(Demand(name, 100, LONG, tier="gold", tenant=tenant), 0)
+
+    assert isinstance(submit("r1"), Placement)
+    assert isinstance(submit("r2"), Placement)
+    assert isinstance(submit("another's", "k2"), Placement)
+    assert submit("r3") is None, "the third waits, for the pools are full"
+    refused = submit("r4")
+    assert isinstance(refused, Refusal)
+    assert (refused.status, refused.reason) == (429, "concurrent_requests")
+    assert core.snapshot(0).tiers["gold"].counts.rejections["concurrent_requests"] == 1
+    # A reservation that ends by release counts no longer, though nobody has told yet what it took.
+    core.release("r1", 0)
+    assert not isinstance(submit("r5"), Refusal)
