@@ -130,7 +130,8 @@ def _case(made: random.Random, fields: dict[str, dict[str, Any]]) -> tuple[str, 
     if made.random() < 0.125:
         return path, _no_json(made), leaves
     body = dict(_VALID[path])
-    for name in made.sample(sorted(fields[path]), made.randint(1, 4)):
+    names = sorted(fields[path])
+    for name in made.sample(names, min(len(names), made.randint(1, 4))):
         body[name] = _value(made, fields[path][name])
     if made.random() < 0.1:
         body.pop(made.choice(sorted(body)))

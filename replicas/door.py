@@ -1,15 +1,14 @@
 """The outermost ASGI layer of a replica: who may come in, with how much, and for how long. The gate is behind it.
 
 The router has judged most requests by the same rules before they get here. But HAProxy sends GETs past it, and
-everything while no router answers, so nothing here trusts that. Every answer carries its request's id, and every
-refusal is one line of the log with that id; neither keys nor bodies are logged.
+everything while no router answers, so nothing here trusts that. Serve gives every request an id, or keeps the client's,
+and puts it on the answer; every refusal here is one line of the log with that id; neither keys nor bodies are logged.
 """
 
 import asyncio
 import contextlib
 import json
 import logging
-import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -24,9 +23,6 @@ from replicas.gate import Reservations, answer_with
 from replicas.headers import REFUSAL, RESERVATION, Answer
 from replicas.limits import RequestLimits, check_body, check_headers, check_size
 from replicas.turnstile import Allowance, Turnstile
-
-# A client that names its request gets that name back; not the one by which HAProxy marks what it sends again.
-_CLIENTS_ID = re.compile(r"(?!rsv|again:)[A-Za-z0-9._:-]{1,128}")
 
 logger = logging.getLogger("ray.serve")
 
@@ -65,11 +61,11 @@ class Door:
         refused = check_headers(scope["headers"], self._limits)
         headers = MutableHeaders(scope=scope)
         reservation = headers.get(RESERVATION)
-        given = headers.get(REQUEST_ID, "")
-        # Inside never the client's own: it could take the name of another's reservation.
-        request_id = headers[REQUEST_ID] = reservation or f"req{uuid.uuid4().hex}"
+        request_id = headers.get(REQUEST_ID, "")
+        # For the engine never the client's own: it could take the name of another's reservation.
+        headers[REQUEST_ID] = reservation or f"req{uuid.uuid4().hex}"
         tenant = self._access.keyring.tenant(headers.get("authorization"))
-        answering = _Answering(send, given if _CLIENTS_ID.fullmatch(given) else request_id)
+        answering = _Answering(send)
         is_routed = reservation is not None or REFUSAL in headers
         refused = refused or self._refused(scope, headers, tenant, is_routed)
         if refused is None and not is_routed and scope["method"] not in ("GET", "HEAD"):
@@ -90,16 +86,18 @@ class Door:
         if reservation is not None:
             self._reservations.begin(reservation, tenant.tier, "long", 0.0)
             self._reservations.finish(reservation)
-        logger.warning("Refused %s of tenant %s: %d.", request_id, tenant.name, refused.status)
+        logger.warning("Refused %r of tenant %s: %d.", request_id[:128], tenant.name, refused.status)
         await self._answer(refused, scope)(scope, receive, answering.send)
 
     def _refused(self, scope: Scope, headers: MutableHeaders, tenant: Tenant, is_routed: bool) -> Answer | None:
         if refused := self._access.refusal(scope["path"], tenant):
             return refused
+        if is_routed:  # the router has judged it; what it refused has its answer already
+            return None
         length = headers.get("content-length", "0")
         if length.isdigit() and (refused := check_size(int(length[:18]), self._limits)):
             return refused
-        if not is_routed and _counts(scope):
+        if _counts(scope):
             return self._turnstile.begin(tenant.name, self._allowance(tenant), time.monotonic())
         return None
 
@@ -158,11 +156,10 @@ class Door:
 
 
 class _Answering:
-    """The way of an answer to the client: with the request's id, and not beyond its time."""
+    """The way of an answer to the client, not beyond its time."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._request_id = request_id
         self.over = asyncio.Event()
         self.has_begun = False
 
@@ -171,9 +168,6 @@ class _Answering:
             return
         if message["type"] == "http.response.start":
             self.has_begun = True
-            headers = MutableHeaders(raw=list(message.get("headers", [])))
-            headers[REQUEST_ID] = self._request_id
-            message = {**message, "headers": headers.raw}
         await self._send(message)
 
 

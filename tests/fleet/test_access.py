@@ -22,11 +22,12 @@ def complete(fleet: RunningFleet, key: str | None = None, **fields: object) -> h
 
 @pytest.mark.parametrize(
     ("at", "over"),
-    [({"n": 2}, {"n": 17}), ({"stop": ["a"] * 16}, {"stop": ["a"] * 17}), ({"logprobs": 20}, {"logprobs": 21}),
+    [({"n": 2, "temperature": 1}, {"n": 17}), ({"stop": ["a"] * 16}, {"stop": ["a"] * 17}), ({"logprobs": 20}, {"logprobs": 21}),
      ({"prompt": ["a"] * 8}, {"prompt": ["a"] * 65}), ({"n": 1}, {"n": 10**4000})],
 )  # fmt: skip
 def test_limits_hold_and_say_so(fleet: RunningFleet, at: dict[str, object], over: dict[str, object]) -> None:
-    assert complete(fleet, **at).status_code == 200
+    inside = complete(fleet, **at)
+    assert inside.status_code == 200, inside.text
     refused = complete(fleet, **over)
     assert refused.status_code == 400
     assert "limits." in refused.json()["error"]["message"]
