@@ -382,14 +382,18 @@ class Admission:
             self._counts[demand.tier].rejections[refusal.reason] += 1
         return refusal
 
-    def _refuse_if_too_many(self, demand: Demand) -> Refusal | None:
-        """A tenant has at most so many requests at once in the whole fleet, running and waiting."""
+    def has_too_many(self, demand: Demand) -> bool:
+        """Whether the tenant has as many requests as it may have at once in the whole fleet, running and waiting."""
         limit = self._tiers[demand.tier].concurrent_requests
         if limit is None:
-            return None
+            return False
         charges = (charge for shares in self._shares.values() for charge in shares.charges.items())
         mine = [reservation for reservation, charge in charges if charge.flow[0] == demand.tenant]
-        if sum(reservation in self._ledger or reservation in self._queue for reservation in mine) < limit:
+        return sum(reservation in self._ledger or reservation in self._queue for reservation in mine) >= limit
+
+    def _refuse_if_too_many(self, demand: Demand) -> Refusal | None:
+        limit = self._tiers[demand.tier].concurrent_requests
+        if limit is None or not self.has_too_many(demand):
             return None
         reason = "concurrent_requests"
         self._counts[demand.tier].rejections[reason] += 1

@@ -17,6 +17,7 @@ from deploy.settings import CoordinatorSettings
 from deploy.snapshot import FleetSnapshot
 from deploy.tiers import Tier
 from replicas.ray_export import RayExport
+from replicas.reporter import SHORTEST_INTERVAL_SECONDS
 
 NAME = "coordinator"
 NAMESPACE = "trifleet"
@@ -70,6 +71,9 @@ class Coordinator:
 
         `failed`: the reservation under which a replica failed this request before it answered anything.
         """
+        if self._admission.has_too_many(demand):
+            # Its last one may have ended just now: the next report tells.
+            await asyncio.sleep(2 * SHORTEST_INTERVAL_SECONDS)
         now = time.monotonic()
         if failed is not None:
             demand = self._admission.failed(failed, demand, now)

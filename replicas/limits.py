@@ -25,7 +25,7 @@ class RequestLimits(BaseModel):
     prompts: int = Field(default=64, ge=1, description="of one completion")
     choices: int = Field(default=16, ge=1, description="n")
     output_tokens: int | None = Field(default=None, ge=1, description="max_tokens; null: the model's or the tier's")
-    stop_strings: int = Field(default=16, ge=0)
+    stop_strings: int = Field(default=4, ge=0, description="vLLM itself takes 4 at most")
     stop_string_characters: int = Field(default=256, ge=1)
     logprobs: int = Field(default=20, ge=0, description="alternatives per token, of output or prompt")
     body_seconds: float = Field(default=30.0, gt=0, description="to send the whole request")
@@ -77,6 +77,9 @@ def check_body(body: dict[str, Any], limits: RequestLimits) -> Answer | None:
         if most is not None and size > most:
             message = f"{field} asks for {_short(size)} {what}, but limits.{limit} is {most}: send at most {most}."
             return Answer(400, "BadRequestError", message, field)
+    if not isinstance(body.get("structured_outputs", {}), dict | None):
+        # vLLM's own check stumbles over it: 500.
+        return Answer(400, "BadRequestError", "structured_outputs is not an object: send {...}.", "structured_outputs")
     return None
 
 

@@ -23,7 +23,7 @@ def complete(fleet: RunningFleet, key: str | None = None, **fields: object) -> h
 @pytest.mark.parametrize(
     ("at", "over"),
     [({"n": 2, "temperature": 1}, {"n": 17}),
-     ({"stop": ["a"] * 16}, {"stop": ["a"] * 17}), ({"logprobs": 20}, {"logprobs": 21}),
+     ({"stop": ["qq"] * 4}, {"stop": ["qq"] * 5}), ({"logprobs": 20}, {"logprobs": 21}),
      ({"prompt": ["a"] * 8}, {"prompt": ["a"] * 65}), ({"n": 1}, {"n": 10**4000})],
 )  # fmt: skip
 def test_limits_hold_and_say_so(fleet: RunningFleet, at: dict[str, object], over: dict[str, object]) -> None:

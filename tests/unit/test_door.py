@@ -292,6 +292,14 @@ async def test_a_body_is_taken_at_a_limit_and_refused_one_over(at, over, name):
     assert len(refused.message) < 200
 
 
+def test_structured_outputs_that_are_no_object_are_refused_before_vllm_stumbles_over_them():
+    assert check_body({"structured_outputs": {"regex": "a"}}, SMALL) is None
+    assert check_body({"structured_outputs": None}, SMALL) is None
+    refused = check_body({"structured_outputs": 2}, SMALL)
+    assert refused is not None
+    assert "structured_outputs is not an object" in refused.message
+
+
 async def test_a_body_without_a_router_is_checked_by_the_replica():
     engine = Engine()
     async with http(fleet_door(engine, limits=SMALL)) as ask:
