@@ -5,6 +5,8 @@ Owns the waiting futures, the clock, and the counts that the router brings; ever
 """
 
 import asyncio
+import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from deploy.snapshot import FleetSnapshot
 from deploy.tiers import Tier
 from replicas.ray_export import RayExport
 from replicas.reporter import SHORTEST_INTERVAL_SECONDS
+
+logger = logging.getLogger("ray.serve")
 
 NAME = "coordinator"
 NAMESPACE = "trifleet"
@@ -157,6 +161,7 @@ class Coordinator:
         """Begun by the first report: a Ray actor's constructor is no place to start a task."""
         if self._ticking is None:
             self._ticking = asyncio.create_task(self._tick())
+            self._ticking.add_done_callback(_end_if_failed)
             export = RayExport(FleetCollector(self._model, self._snapshot).collect)
             self._exporting = asyncio.create_task(export.run())
 
@@ -167,3 +172,10 @@ class Coordinator:
             self._deliver(self._admission.tick(now))
             for replica in self._admission.gone(now, GONE_AFTER_SECONDS):
                 self._deliver(self._admission.remove_replica(replica, now))
+
+
+def _end_if_failed(ticking: asyncio.Task[None]) -> None:
+    """Without its clock no lease and no wait would ever end, and nobody would notice. Ray starts a new coordinator."""
+    if not ticking.cancelled() and (failure := ticking.exception()) is not None:
+        logger.critical("The coordinator's clock has failed, so it ends and is started anew.", exc_info=failure)
+        os._exit(1)

@@ -289,6 +289,9 @@ class Ledger:
             for reservation in [r for r in known.bookings if r not in report.held_blocks]:
                 self._drop(reservation)
         for stranger in known.observe(report, now):
+            if stranger in self._replica_of:
+                # Booked elsewhere, but HAProxy sent it here by its own choice: the old booking would never end.
+                self._drop(stranger)
             self._replica_of[stranger] = report.replica
         self._show(known)
         return True

@@ -53,6 +53,15 @@ async def test_a_queued_request_is_refused_at_its_deadline_by_the_clock_alone() 
     assert decision.status == 503
 
 
+async def test_a_coordinator_whose_clock_fails_ends_and_does_not_go_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr("os._exit", ended.set_result)
+    coordinator = Coordinator(SETTINGS, "m")
+    monkeypatch.setattr(coordinator._admission, "tick", lambda now: 1 / 0)
+    await coordinator.report(report(1, free=10))
+    assert await asyncio.wait_for(ended, 1) == 1
+
+
 async def test_a_caller_that_goes_away_leaves_the_queue() -> None:
     coordinator = Coordinator(SETTINGS, "m")
     await coordinator.report(report(1, free=10))

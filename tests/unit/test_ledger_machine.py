@@ -99,6 +99,18 @@ class LedgerMachine(RuleBasedStateMachine):
     def arrive(self, data: st.DataObject) -> None:
         self.living[data.draw(st.sampled_from(sorted(self.living)))].arrived = True
 
+    @precondition(lambda self: any(not q.arrived for q in self.living.values()))
+    @rule(data=st.data())
+    def arrive_elsewhere(self, data: st.DataObject) -> None:
+        """HAProxy sends a request by its own choice while no router answers it."""
+        reservation = data.draw(st.sampled_from(sorted(r for r, q in self.living.items() if not q.arrived)))
+        request = self.living[reservation]
+        request.replica = "b" if request.replica == "a" else "a"
+        others = sum(q.held for q in self.living.values() if q.replica == request.replica and q is not request)
+        request.arrived, request.held = True, min(1, TOTAL - others)
+        self.given_up.add(reservation)
+        self.deliver(self.make_report(request.replica))
+
     @precondition(lambda self: any(q.arrived for q in self.living.values()))
     @rule(data=st.data(), blocks=st.integers(0, 25))
     def grow_shrink_or_be_preempted(self, data: st.DataObject, blocks: int) -> None:
