@@ -1,28 +1,27 @@
 """Faults in a running fleet under steady load: `trifleet bench chaos`.
 
-Streams run all the time; a part of the fleet is killed or stopped by its process id, and what becomes of every request
-is sorted into four: answered whole, failed so that the client sees it, failed silently (a clean end without what was
-asked for), and hung. Then the fleet must become whole by itself: every replica fresh, requests placed by the
-coordinator again, and, when the load ends, no block and no reservation left.
+Streams run all the time while a fault (`faults.py`) strikes, and what becomes of every request is sorted into four:
+answered whole, failed so that the client sees it, failed silently (a clean end without what was asked for), and hung.
+Then the fleet must become whole by itself: every replica fresh, requests placed by the coordinator again, and, when the
+load ends, no block, no reservation and no process left over.
 """
 
 import asyncio
 import json
-import re
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
+from benchmarks.faults import DISK_FULL, FAULTS, NODE_REMOVED, Family, Fault, family_here, title, two_nodes
 from benchmarks.machine import machine
 from deploy.fleet import running_fleet
-from deploy.settings import load_settings
+from deploy.settings import FleetSettings, load_settings
 
 CLIENTS = 4
 TOKENS = 200
@@ -34,30 +33,8 @@ STEADY_SECONDS = 8.0
 RECOVERY_SECONDS = 300.0
 SETTLE_SECONDS = 90.0
 
-Family = Callable[[], list[psutil.Process]]
-"""Every process of the fleet, now."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`title`: a pattern of the victim's command line; the newest one is hit."""
-
-    title: str
-    stopped_seconds: float | None = None
-    """None: killed with SIGKILL. Otherwise stopped, and continued after that."""
-
-
-FAULTS = {
-    "engine_killed": Fault(r"^VLLM::EngineCore"),
-    "replica_killed": Fault(r"^ray::ServeReplica:trifleet:replica"),
-    "coordinator_killed": Fault(r"^ray::Coordinator"),
-    "router_killed": Fault(r"^ray::ServeReplica:trifleet:router"),
-    "haproxy_killed": Fault(r"^\S*/haproxy\b.* -f "),
-    "haproxy_parent_killed": Fault(r"^ray::HAProxyManager"),
-    "replica_stopped": Fault(r"^ray::ServeReplica:trifleet:replica", stopped_seconds=15.0),
-    # Whatever is on its way to it arrives that much later.
-    "reports_delayed": Fault(r"^ray::Coordinator", stopped_seconds=5.0),
-}
+PARTS = ("VLLM::EngineCore", "ray::ServeReplica", "ray::Coordinator", "ray::HAProxyManager", "haproxy")
+"""The beginnings of the titles of a fleet's processes, or of their program's name."""
 
 
 class End(Enum):
@@ -76,16 +53,28 @@ class Outcome:
 
 
 def bench_chaos(settings_file: Path, faults: Sequence[str]) -> dict[str, Any]:
-    """The figures of the command: one fleet, fault after fault."""
+    """The figures of the command: one fleet, fault after fault; one of its own for what needs another machine."""
+    from benchmarks.small_disk import strike_on_a_small_disk
+
     settings = load_settings(settings_file)
     about = machine("vllm", "ray", "torch")
     rows = {}
-    with running_fleet(settings) as url:
-        for name in faults:
-            rows[name] = asyncio.run(
-                strike(url, settings.served_model_name, settings.replicas, _children, FAULTS[name])
-            )
+    if here := [name for name in faults if name in FAULTS]:
+        with running_fleet(settings) as url:
+            for name in here:
+                rows[name] = strike_here(url, settings, FAULTS[name])
+    if NODE_REMOVED in faults:
+        start, node_removed = two_nodes()
+        with running_fleet(settings, start_ray=start) as url:
+            rows[NODE_REMOVED] = strike_here(url, settings, node_removed)
+    if DISK_FULL in faults:
+        rows[DISK_FULL] = strike_on_a_small_disk(settings_file)
     return about | {"clients": CLIENTS, "tokens_per_request": TOKENS, "faults": rows}
+
+
+def strike_here(url: str, settings: FleetSettings, fault: Fault) -> dict[str, Any]:
+    """One fault in a fleet that this process has started."""
+    return asyncio.run(strike(url, settings.served_model_name, settings.replicas, family_here, fault))
 
 
 async def strike(url: str, model: str, replicas: int, family: Family, fault: Fault) -> dict[str, Any]:
@@ -101,26 +90,19 @@ async def strike(url: str, model: str, replicas: int, family: Family, fault: Fau
                 if outcome.end is not End.WHOLE:
                     await asyncio.sleep(0.5)
 
+    census = _census(family)
     clients = [asyncio.create_task(client()) for _ in range(CLIENTS)]
     await asyncio.sleep(BEFORE_SECONDS)
     answered_before = len(outcomes)
-    victim = _victim(family(), fault)
     began = time.monotonic()
-    if fault.stopped_seconds is None:
-        victim.kill()
-    else:
-        victim.send_signal(signal.SIGSTOP)
-        try:
-            await asyncio.sleep(fault.stopped_seconds)
-        finally:
-            victim.send_signal(signal.SIGCONT)
+    victim = await fault(family())
     recovered_at = await _recovered(url, model, replicas)
     is_on = False
     await asyncio.gather(*clients)
     held, reserved = await settled(url)
     failed = [outcome for outcome in outcomes if outcome.end is End.VISIBLE]
     return {
-        "victim": _title(victim) if victim.is_running() else fault.title,
+        "victim": victim,
         "requests": len(outcomes),
         "requests_before": answered_before,
         **{end.value: sum(outcome.end is end for outcome in outcomes) for end in End},
@@ -129,6 +111,7 @@ async def strike(url: str, model: str, replicas: int, family: Family, fault: Fau
         "recovery_seconds": None if recovered_at is None else round(recovered_at - began, 1),
         "leaked_blocks": held,
         "leaked_reservations": reserved,
+        "leftover_processes": await _leftovers(family, census),
     }
 
 
@@ -203,19 +186,18 @@ async def settled(url: str) -> tuple[int, int]:
             await asyncio.sleep(0.5)
 
 
-def _children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def _census(family: Family) -> Counter[str]:
+    """How many processes of each part the fleet has."""
+    words = [title(process).split(" ")[0] for process in family()]
+    names = [word if word.startswith(PARTS) else Path(word).name for word in words]
+    return Counter(part for part in PARTS for name in names if name.startswith(part))
 
 
-def _victim(family: list[psutil.Process], fault: Fault) -> psutil.Process:
-    found = [process for process in family if re.search(fault.title, _title(process))]
-    if not found:
-        raise LookupError(f"no process of the fleet is named {fault.title}")
-    return max(found, key=lambda process: process.create_time())
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+async def _leftovers(family: Family, before: Counter[str]) -> list[str]:
+    """The parts of which there are more processes than before, when some time has passed."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while extra := _census(family) - before:
+        if time.monotonic() > deadline:
+            break
+        await asyncio.sleep(0.5)
+    return sorted(extra.elements())

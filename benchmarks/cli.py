@@ -237,23 +237,26 @@ def chaos(
     faults: Annotated[str, typer.Option(help="which ones, with commas; all without")] = "",
 ) -> None:
     """Kill and stop parts of a running fleet under load: what fails, how soon it is whole again, what is left over."""
-    from benchmarks.chaos import FAULTS, bench_chaos
+    from benchmarks.chaos import bench_chaos
+    from benchmarks.faults import DISK_FULL, FAULTS, NODE_REMOVED
 
-    chosen = [name for name in faults.split(",") if name] or list(FAULTS)
-    if unknown := sorted(set(chosen) - set(FAULTS)):
-        raise typer.BadParameter(f"there is no fault {unknown[0]}: choose from {', '.join(FAULTS)}")
+    known = [*FAULTS, NODE_REMOVED, DISK_FULL]
+    chosen = [name for name in faults.split(",") if name] or known
+    if unknown := sorted(set(chosen) - set(known)):
+        raise typer.BadParameter(f"there is no fault {unknown[0]}: choose from {', '.join(known)}")
     figures = bench_chaos(file, chosen)
     columns = (
         "requests", "failed_visible", "failed_unstreamed", "failed_silent", "hung", "recovery_seconds",
-        "leaked_blocks", "leaked_reservations",
+        "leaked_blocks", "leaked_reservations", "leftover_processes",
     )  # fmt: skip
     table = Table(title="Faults under steady load")
     for heading in ("fault", *(column.replace("_", " ") for column in columns)):
         table.add_column(heading, justify="left" if heading == "fault" else "right")
     for name, row in figures["faults"].items():
-        table.add_row(name, *("-" if row[column] is None else str(row[column]) for column in columns))
+        shown = row | {"leftover_processes": len(row["leftover_processes"])}
+        table.add_row(name, *("-" if shown[column] is None else str(shown[column]) for column in columns))
     _report(table, figures, json_path)
-    zeros = ("failed_silent", "hung", "leaked_blocks", "leaked_reservations")
+    zeros = ("failed_silent", "hung", "leaked_blocks", "leaked_reservations", "leftover_processes")
     if any(row["recovery_seconds"] is None or any(row[zero] for zero in zeros) for row in figures["faults"].values()):
         raise typer.Exit(1)
 

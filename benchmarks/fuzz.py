@@ -1,8 +1,9 @@
 """Hostile requests to a running fleet: `trifleet bench fuzz`.
 
-Bodies are made from the schemas of the endpoint's own OpenAPI document: mostly valid ones with a few fields replaced by
-something of their type at its edge, of another type, or by rubbish; every eighth is bytes that are no JSON at all, or
-JSON that is hard on a parser. Some clients leave before the answer. The same seed makes the same requests.
+Bodies are schemathesis' own, made from the endpoint's OpenAPI document: some that fit its schema and some that do not.
+Half of them go as they are; of the others a few fields are laid over a small valid request, because whole ones mostly
+fail at the first check. Every eighth request is bytes that are no JSON at all, or JSON that is hard on a parser. Some
+clients leave before the answer. The same seed makes the same requests.
 """
 
 import asyncio
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
+import schemathesis
+from schemathesis import GenerationMode
 
 from benchmarks.chaos import settled
 from benchmarks.machine import machine
@@ -23,32 +27,22 @@ from deploy.settings import load_settings
 CLIENTS = 6
 HUNG_SECONDS = 120.0
 LEAVES_SECONDS = 0.05
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
 MEANT = frozenset({501, 503})
 """Not implemented, and a full or starting fleet, which says when to come back."""
 EXAMPLES_KEPT = 20
 
-_NUMBERS = (0, -1, 1, 2, 2**31, 2**63, 2**64, 10**400, -(10**400), 0.5, -0.0, 1e308, 1e-308)
-_TEXTS = (
-    "",
-    "a",
-    "\x00",
-    "\ud800",
-    "\u202e",
-    "é" * 50,
-    "a" * 5000,
-    "{{ 7 * 7 }}",
-    "<|im_end|>",
-    "../../etc/passwd",
-    "null",
-)
+_CHAT = [{"role": "user", "content": "hi"}]
 _VALID: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/chat/completions": {"messages": _CHAT, "max_tokens": 2},
     "/v1/completions": {"prompt": "hi", "max_tokens": 2},
     "/v1/responses": {"input": "hi", "max_output_tokens": 2},
+    "/v1/messages": {"messages": _CHAT, "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": _CHAT},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [1, 2, 3]},
 }
+"""What a client may POST to (`replicas.access`)."""
+_OUTPUT_LIMITS = frozenset({"max_tokens", "max_output_tokens"})
 
 
 def bench_fuzz(settings_file: Path, cases: int, seed: int) -> dict[str, Any]:
@@ -60,12 +54,11 @@ def bench_fuzz(settings_file: Path, cases: int, seed: int) -> dict[str, Any]:
 
 async def attack(url: str, cases: int, seed: int) -> dict[str, Any]:
     """Send so many hostile requests to a fleet that runs, and wait until it is idle again."""
-    made = random.Random(seed)
     statuses: Counter[str] = Counter()
     examples: list[dict[str, str]] = []
     async with httpx.AsyncClient(base_url=url, timeout=HUNG_SECONDS) as http:
-        fields = _fields((await http.get("/openapi.json")).json())
-        requests = iter([_case(made, fields) for _ in range(cases)])
+        document = (await http.get("/openapi.json")).json()
+        requests = iter(await asyncio.to_thread(_cases, document, cases, seed))
 
         async def client() -> None:
             for path, body, leaves in requests:
@@ -79,7 +72,6 @@ async def attack(url: str, cases: int, seed: int) -> dict[str, Any]:
     return {
         "cases": cases,
         "seed": seed,
-        "fields": {path: len(names) for path, names in fields.items()},
         "statuses": dict(sorted(statuses.items())),
         "unexpected_5xx": sum(count for status, count in statuses.items() if _is_unexpected(status)),
         "hung": statuses["hung"],
@@ -111,68 +103,56 @@ async def _send(http: httpx.AsyncClient, path: str, body: bytes, leaves: bool) -
         return "broken", repr(error)
 
 
-def _fields(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Path -> the properties of its body, out of an OpenAPI document."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in PATHS:
-        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        properties: dict[str, Any] = {}
-        for one in [schema, *schema.get("anyOf", ())]:
-            name = one.get("$ref", "").rpartition("/")[2]
-            properties |= (document["components"]["schemas"][name] if name else one).get("properties", {})
-        found[path] = properties
-    return found
+def _cases(document: dict[str, Any], count: int, seed: int) -> list[tuple[str, bytes, bool]]:
+    """Path, body, and whether the client leaves."""
+    schema = schemathesis.openapi.from_dict(document)
+    kinds = [(path, mode) for path in _VALID for mode in GenerationMode]
+    made = random.Random(seed)
+    cases = []
+    for number, (path, mode) in enumerate(kinds):
+        share = count // len(kinds) + (number < count % len(kinds))
+        bodies = _bodies(schema[path]["POST"].as_strategy(generation_mode=mode), share, seed)
+        cases += [(path, _encoded(made, path, body), made.random() < 0.05) for body in bodies]
+    made.shuffle(cases)
+    return cases
 
 
-def _case(made: random.Random, fields: dict[str, dict[str, Any]]) -> tuple[str, bytes, bool]:
-    path = made.choice(PATHS)
-    leaves = made.random() < 0.05
+def _bodies(strategy: "hypothesis.strategies.SearchStrategy[schemathesis.Case]", count: int, seed: int) -> list[Any]:
+    bodies: list[Any] = []
+    while len(bodies) < count:
+        # It may make fewer than asked for, where it runs out of new ones.
+        @hypothesis.seed(seed + len(bodies))
+        @hypothesis.settings(
+            max_examples=count - len(bodies),
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+            deadline=None,
+            database=None,
+        )
+        @hypothesis.given(strategy)
+        def collect(case: schemathesis.Case) -> None:
+            bodies.append(case.body)
+
+        collect()
+    return bodies[:count]
+
+
+def _encoded(made: random.Random, path: str, body: Any) -> bytes:
     if made.random() < 0.125:
-        return path, _no_json(made), leaves
-    body = dict(_VALID[path])
-    names = sorted(fields[path])
-    for name in made.sample(names, min(len(names), made.randint(1, 4))):
-        body[name] = _value(made, fields[path][name])
-    if made.random() < 0.1:
-        body.pop(made.choice(sorted(body)))
+        return _no_json(made)
+    if isinstance(body, bytes):
+        return body
+    if not isinstance(body, dict | list | str | int | float | None):
+        return b""  # schemathesis' word for no body
+    if isinstance(body, dict):
+        if made.random() < 0.5:
+            chosen = made.sample(sorted(body), min(len(body), made.randint(1, 4)))
+            body = _VALID[path] | {name: body[name] for name in chosen}
+        # Without a limit of its own an answer would be as long as the model allows.
+        limits = {name: value for name, value in _VALID[path].items() if name in _OUTPUT_LIMITS}
+        body = body | {name: value for name, value in limits.items() if body.get(name) is None}
     # Lone surrogates and what JSON has no word for go out as Python writes them.
-    return path, json.dumps(body).encode(), leaves
-
-
-def _value(made: random.Random, schema: dict[str, Any], depth: int = 0) -> Any:
-    options = schema.get("anyOf") or [schema]
-    chosen = made.choice(options)
-    if made.random() < 0.4:
-        return _rubbish(made, depth)
-    if "enum" in chosen:
-        return made.choice(chosen["enum"])
-    kind = chosen.get("type")
-    if kind in ("integer", "number"):
-        return made.choice((*_NUMBERS, chosen.get("minimum", 0), chosen.get("maximum", 3)))
-    if kind == "string":
-        return made.choice(_TEXTS)
-    if kind == "boolean":
-        return made.random() < 0.5
-    if kind == "array":
-        return [_value(made, chosen.get("items", {}), depth + 1) for _ in range(made.randint(0, 3))]
-    return _rubbish(made, depth)
-
-
-def _rubbish(made: random.Random, depth: int) -> Any:
-    kind = made.randrange(6 if depth < 3 else 4)
-    if kind == 0:
-        return made.choice(_NUMBERS)
-    if kind == 1:
-        return made.choice(_TEXTS)
-    if kind == 2:
-        return made.choice((None, True, False, float("nan"), float("inf")))
-    if kind == 3:
-        return made.choice(([], {}, [[]], [None], {"": ""}))
-    if kind == 4:
-        return [_rubbish(made, depth + 1) for _ in range(made.randint(1, 4))]
-    return {
-        made.choice((*_TEXTS, "type", "role", "content")): _rubbish(made, depth + 1) for _ in range(made.randint(1, 3))
-    }
+    return json.dumps(body).encode()
 
 
 def _no_json(made: random.Random) -> bytes:

@@ -36,8 +36,15 @@ class FleetError(RuntimeError):
 
 
 @contextmanager
-def running_fleet(settings: FleetSettings, progress: Progress = lambda part: None) -> Iterator[str]:
-    """A fleet that serves; yields its endpoint. Stopped on leaving, also by an exception or Ctrl-C."""
+def running_fleet(
+    settings: FleetSettings,
+    progress: Progress = lambda part: None,
+    start_ray: Callable[[FleetSettings], None] | None = None,
+) -> Iterator[str]:
+    """A fleet that serves; yields its endpoint. Stopped on leaving, also by an exception or Ctrl-C.
+
+    `start_ray`: starts Ray on this machine otherwise than as one node.
+    """
     from deploy import haproxy
 
     settings.access_on(settings.http.host)  # raises before anything is started
@@ -47,7 +54,7 @@ def running_fleet(settings: FleetSettings, progress: Progress = lambda part: Non
     with _environment(variables):
         try:
             progress("Ray")
-            _start_ray(settings)
+            (start_ray or _start_ray)(settings)
             _start_serve(settings, progress)
             yield endpoint(settings)
         finally:

@@ -87,7 +87,7 @@ def private(folder: Path) -> dict[str, str]:
     """
     stats, metrics, fallback, fallback_grpc = free_ports(4)
     return {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_wrapper(folder, folder / "again.sock", (stats, metrics))),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_wrapper(folder, (stats, metrics))),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
@@ -103,16 +103,15 @@ def private(folder: Path) -> dict[str, str]:
     }
 
 
-def write_wrapper(folder: Path, socket: Path, loopback: Sequence[int]) -> Path:
+def write_wrapper(folder: Path, loopback: Sequence[int]) -> Path:
     """Write what Ray shall start as HAProxy into `folder`.
 
-    `socket`: made by HAProxy, for requests that come back. `loopback`: ports that Ray binds to every interface and
-    that stay on this machine.
+    `loopback`: ports that Ray binds to every interface and that stay on this machine.
     """
     error_file = folder / "unavailable.http"
     error_file.write_bytes(_UNAVAILABLE)
     ports = ",".join(map(str, loopback))
-    values = (sys.executable, "-ISE", haproxy_wrapper.__file__, ports, socket, error_file, get_haproxy_binary())
+    values = (sys.executable, "-ISE", haproxy_wrapper.__file__, ports, error_file, get_haproxy_binary())
     wrapper = folder / "haproxy"
     # By way of a shell, because a #! line takes no arguments with spaces in them.
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, values))} "$@"\n')
@@ -139,4 +138,4 @@ if __name__ == "__main__":
     # While the image is built: `python -m deploy.haproxy FOLDER` (Dockerfile). In a pod Prometheus scrapes the metrics.
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    print(write_wrapper(target, Path("/tmp/again.sock"), [POD_STATS_PORT]))
+    print(write_wrapper(target, [POD_STATS_PORT]))

@@ -76,10 +76,12 @@ def _replaced(text: str, old: str, new: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """`LOOPBACK_PORTS SOCKET ERROR_FILE BINARY`, ports with commas, and then HAProxy's own arguments."""
-    ports, socket, error_file, binary, *own = arguments
+    """`LOOPBACK_PORTS ERROR_FILE BINARY`, ports with commas, and then HAProxy's own arguments."""
+    ports, error_file, binary, *own = arguments
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     path = own[own.index("-f") + 1]
+    # Beside the configuration, of which Ray writes one for each node: two nodes may be on one machine.
+    socket = os.path.join(os.path.dirname(path), "again.sock")
     with open(path) as file:
         config = adjusted(file.read(), [int(port) for port in ports.split(",")], socket, error_file)
     with open(path, "w") as file:

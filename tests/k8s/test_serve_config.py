@@ -68,7 +68,7 @@ def cluster() -> Iterator[Cluster]:
         folder = Path(name)
         private = haproxy.private(folder)
         pages = [int(private[f"RAY_SERVE_HAPROXY_{page}_PORT"]) for page in ("STATS", "METRICS")]
-        haproxy.write_wrapper(folder, folder / "again.sock", [*pages, port])
+        haproxy.write_wrapper(folder, [*pages, port])
         environment = {**os.environ, **variables, **private, **TOKEN, MARK: name}
         file = folder / "serve.yaml"
         file.write_text(config)
