@@ -117,7 +117,9 @@ def _cases(document: dict[str, Any], count: int, seed: int) -> list[tuple[str, b
     return cases
 
 
-def _bodies(strategy: "hypothesis.strategies.SearchStrategy[schemathesis.Case]", count: int, seed: int) -> list[Any]:
+def _bodies(
+    strategy: "hypothesis.strategies.SearchStrategy[schemathesis.Case[Any]]", count: int, seed: int
+) -> list[Any]:
     bodies: list[Any] = []
     while len(bodies) < count:
         # It may make fewer than asked for, where it runs out of new ones.
@@ -130,7 +132,7 @@ def _bodies(strategy: "hypothesis.strategies.SearchStrategy[schemathesis.Case]",
             database=None,
         )
         @hypothesis.given(strategy)
-        def collect(case: schemathesis.Case) -> None:
+        def collect(case: schemathesis.Case[Any]) -> None:
             bodies.append(case.body)
 
         collect()

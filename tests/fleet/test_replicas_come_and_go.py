@@ -1,11 +1,13 @@
 """Replicas that die, fall silent, stop and start under load: real Ray Serve and HAProxy, fake engines.
 
 Each way in which fleets of this kind lose requests is a test here: a replica that dies before its first byte, in the
-middle of an answer, that falls silent, or that is stopped because the fleet shrinks.
+middle of an answer, that falls silent, or that is stopped because the fleet shrinks. This fleet takes nobody without a
+key.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -23,7 +25,16 @@ from deploy.haproxy import free_ports
 from tests.fleet.conftest import MODEL, START_SECONDS, RunningFleet
 
 ROOT = Path(__file__).parents[2]
-KEY = "sk-of-gold"
+KEY, GOLD_KEY, ADMIN_KEY = "tf-of-anybody", "sk-of-gold", "sk-of-the-admin"
+
+
+def line_of(key: str) -> str:
+    """Of a keys file."""
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()} default\n"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +42,7 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     """One to three replicas with fake engines."""
     (port,) = free_ports(1)
     folder = tmp_path_factory.mktemp("fakes")
+    (folder / "keys").write_text(line_of(KEY))
     settings = {
         "model": "bundled",
         "served_model_name": MODEL,
@@ -50,13 +62,14 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
             "downscale_delay_seconds": 4,
         },
         "tiers": {"gold": {"keys": ["env:GOLD_KEY"], "max_context_tokens": 200, "priority": -1, "share": 4}},
+        "access": {"required": True, "keys_file": str(folder / "keys"), "admin_keys": ["env:ADMIN_KEY"]},
         "drain_seconds": 60,
         "http": {"port": port},
     }
     file = folder / "fleet.yaml"
     file.write_text(yaml.safe_dump(settings))
     log = folder / "up.log"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GOLD_KEY": KEY}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GOLD_KEY": GOLD_KEY, "ADMIN_KEY": ADMIN_KEY}
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.fleet.fake_fleet", str(file)],
@@ -77,22 +90,24 @@ def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
 
 class Client:
     def __init__(self, fleet: RunningFleet) -> None:
-        self.http = httpx.AsyncClient(base_url=fleet.url, timeout=120, limits=httpx.Limits(max_connections=200))
+        self.http = httpx.AsyncClient(
+            base_url=fleet.url, timeout=120, limits=httpx.Limits(max_connections=200), headers=bearer(KEY)
+        )
 
     async def fleet(self) -> dict[str, Any]:
         """As any replica tells it; one that is just going cannot."""
         deadline = time.monotonic() + 10
         while True:
-            answer = await self.http.get("/fleet")
+            answer = await self.http.get("/fleet", headers=bearer(ADMIN_KEY))
             if answer.status_code == 200:
                 told: dict[str, Any] = answer.json()
                 return told
             assert time.monotonic() < deadline, answer.text
             await asyncio.sleep(0.2)
 
-    async def complete(self, words: int, prompt: str = "go", key: str = "none") -> httpx.Response:
+    async def complete(self, words: int, prompt: str = "go", key: str = KEY) -> httpx.Response:
         body = {"model": MODEL, "prompt": prompt, "max_tokens": words}
-        return await self.http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+        return await self.http.post("/v1/completions", json=body, headers=bearer(key))
 
     @contextlib.asynccontextmanager
     async def stream(self, words: int, prompt: str = "go") -> AsyncIterator[AsyncIterator[str]]:
@@ -245,10 +260,11 @@ async def test_a_silent_replica_gets_nothing_and_is_taken_back_when_it_speaks(
         assert not waiting.done(), "unknown is not full: it waits, and nobody refuses it"
     finally:
         process.resume()
-    assert (await waiting).status_code == 200
+    answer = await waiting
+    assert answer.status_code == 200
     after = await client.fleet()
     waited = [now["tiers"]["default"]["counts"]["waits"]["long"]["sum_seconds"] for now in (before, after)]
-    assert waited[1] - waited[0] > 0.5, "it waited at the coordinator and not at the silent replica"
+    assert waited[1] - waited[0] > 0.5, f"it waited at the silent replica and not at the coordinator: {answer.text}"
     assert after["probes"] > before["probes"]
 
 
@@ -278,18 +294,18 @@ async def test_what_a_client_that_left_the_queue_is_given_ends_with_the_lease(cl
 
 async def test_a_tiers_refusal_reaches_the_client(client: Client) -> None:
     await client.settled()
-    answer = await client.complete(words=500, key=KEY)
+    answer = await client.complete(words=500, key=GOLD_KEY)
     assert answer.status_code == 400
     assert "gold" in answer.json()["error"]["message"]
     assert "200" in answer.json()["error"]["message"]
-    assert (await client.complete(words=100, key=KEY)).status_code == 200
+    assert (await client.complete(words=100, key=GOLD_KEY)).status_code == 200
 
 
 async def test_a_tiers_key_is_metered_and_told_what_it_took(client: Client) -> None:
     await client.settled()
     await asyncio.sleep(1.5)  # until what the key took before is told
     before = (await client.fleet())["tiers"]["gold"]["usage"]
-    answer = await client.complete(words=50, key=KEY)
+    answer = await client.complete(words=50, key=GOLD_KEY)
     told = answer.json()["usage"]["trifleet"]
     assert told["tier"] == "gold"
     assert told["kv_block_seconds"] > 1
@@ -299,7 +315,25 @@ async def test_a_tiers_key_is_metered_and_told_what_it_took(client: Client) -> N
     tokens = [sum(pace["output_tokens"] for pace in usage["pace"].values()) for usage in (before, after)]
     assert tokens[1] - tokens[0] == 50
     assert after["block_seconds"] - before["block_seconds"] == pytest.approx(told["kv_block_seconds"], rel=0.2)
-    assert (await client.complete(words=5, key="unknown")).json()["usage"]["trifleet"]["tier"] == "default"
+    assert (await client.complete(words=5)).json()["usage"]["trifleet"]["tier"] == "default"
+
+
+async def test_only_keys_get_in_each_to_its_own_and_a_new_one_at_once(fakes: RunningFleet, client: Client) -> None:
+    await client.settled()
+    answers = {key: await client.complete(words=2, key=key) for key in ("unknown", KEY, GOLD_KEY, "tf-new")}
+    assert [answer.status_code for answer in answers.values()] == [401, 200, 200, 401]
+    assert "API key" in answers["unknown"].json()["error"]["message"]
+    for path, status in (("/fleet", 403), ("/metrics", 403), ("/v1/completions", 405), ("/-/healthz", 200)):
+        assert (await client.http.get(path)).status_code == status, path
+    async with httpx.AsyncClient(base_url=fakes.url) as stranger:
+        for path, status in (("/fleet", 401), ("/metrics", 401), ("/v1/completions", 401), ("/-/healthz", 200)):
+            assert (await stranger.get(path)).status_code == status, path
+    assert (await client.http.get("/metrics", headers=bearer(ADMIN_KEY))).status_code == 200
+    (fakes.log.parent / "keys").write_text(line_of(KEY) + line_of("tf-new"))
+    assert (await client.complete(words=2, key="tf-new")).status_code == 200
+    (fakes.log.parent / "keys").write_text(line_of(KEY))
+    assert (await client.complete(words=2, key="tf-new")).status_code == 401
+    assert (await client.fleet())["rejections"]["no_key"] >= 3
 
 
 async def test_while_the_router_is_gone_requests_flow_and_it_comes_back(fakes: RunningFleet, client: Client) -> None:
