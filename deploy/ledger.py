@@ -289,9 +289,10 @@ class Ledger:
             for reservation in [r for r in known.bookings if r not in report.held_blocks]:
                 self._drop(reservation)
         for stranger in known.observe(report, now):
-            if stranger in self._replica_of:
-                # Booked elsewhere, but HAProxy sent it here by its own choice: the old booking would never end.
+            if (elsewhere := self._replica_of.get(stranger)) is not None:
+                # Booked there, but HAProxy sent it here by its own choice: the old booking would never end.
                 self._drop(stranger)
+                self._show(self.replicas[elsewhere])
             self._replica_of[stranger] = report.replica
         self._show(known)
         return True

@@ -56,7 +56,7 @@ def test_a_request_that_another_replica_shows_is_booked_there_alone(ledger):
     """HAProxy sends by its own choice while no router answers it, and the router's placement is then void."""
     ledger.observe(report(), 0)
     ledger.observe(report("b"), 0)
-    ledger.book("x", "a", 20, 0)
+    ledger.book(demand("x"), "a", 20, 0)
     ledger.observe(report("b", sequence=2, held={"x": 5}), 1)
     assert (state(ledger, "a").reservations, state(ledger, "a").headroom_blocks) == (0, 96)
     assert (state(ledger, "b").reservations, state(ledger, "b").engine.free_blocks) == (1, 95)
