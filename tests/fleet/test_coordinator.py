@@ -25,7 +25,7 @@ def report(sequence: int, free: int, finished: tuple[str, ...] = ()) -> Capacity
         waiting=0,
         in_flight_tokens=1,
     )
-    return CapacityReport("r1", "epoch", sequence, ReplicaLimits(1000, None), engine, {}, finished)
+    return CapacityReport("r1", "epoch", sequence, ReplicaLimits(1000, None), engine, {}, finished=finished)
 
 
 def demand(name: str, tokens: int = 320) -> Demand:
