@@ -6,8 +6,8 @@ of 144 KiB. The benchmark takes an eighth of all tokens (2,000, 256, 16,384), so
 much beside the weights: that is what the sizes below do, in a model small enough for one thread. Its weights are
 random. What a step costs does not depend on them, and no answer is judged.
 
-What no size mends: a CPU's products take as long as their arithmetic from about ten rows on, where a GPU reads weights
-at the same speed for one row as for two hundred. So a full batch gains less here than it would there.
+What no size mends: a CPU core is bound by arithmetic at batches where a GPU still waits for the weights, and reads them
+as fast for one request as for many. So a full batch gains less here than it would there.
 """
 
 import shutil
