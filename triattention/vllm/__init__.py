@@ -4,6 +4,10 @@
 `--worker-cls`, `--scheduler-cls` and `--additional-config`.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from typing import Any
 
 from triattention.config import CompressionConfig
@@ -12,6 +16,17 @@ from triattention.config import CompressionConfig
 def register() -> None:
     """Entry point of group `vllm.general_plugins`: vLLM calls it in every process that it starts."""
     import triattention.vllm.kv_manager  # noqa: F401  (registers the KV-cache spec on import)
+
+    if multiprocessing.current_process().name.startswith("EngineCore"):  # as vLLM names the process of an engine
+        threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """An orphaned engine would keep the memory that the one in its place needs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "vLLM starts engines as children"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def engine_arguments(config: CompressionConfig | None) -> dict[str, Any]:
