@@ -142,10 +142,9 @@ class Admission:
         self._ledger.suspect(replica)
         return replace(demand, avoid=replica)
 
-    def set_listed(self, replicas: frozenset[str], at: float, now: float) -> list[Decision]:
-        """The replicas that requests get to, told `at` that time in seconds since 1970: the others start or drain, and
-        get nothing new."""
-        self._ledger.set_listed(replicas, at)
+    def set_listed(self, replicas: frozenset[str], now: float) -> list[Decision]:
+        """The replicas that requests get to: the others start or drain, and get nothing new."""
+        self._ledger.set_listed(replicas)
         return self._serve(now)
 
     def stale(self, now: float) -> list[str]:
@@ -250,7 +249,7 @@ class Admission:
                     if placement is not None:
                         decisions.append(placement)
                         continue
-                claimed.add(needs, waiting.demand.reaches)
+                claimed.add(needs)
                 if waiting is only or claimed.cover_all:
                     break
         return decisions
@@ -271,8 +270,7 @@ class Admission:
         fits = table.fits(rows, uses, self._ledger.margin)
         if not fits.any():
             return None
-        reach = waiting.demand.reaches
-        fits &= self._ledger.fresh(now, rows) & claimed.open() & (table.listed_since[rows] <= reach)
+        fits &= self._ledger.fresh(now, rows) & claimed.open()
         first_row = rows.start or 0
         avoided = waiting.demand.avoid if now - waiting.since < AVOID_SECONDS else None
         for barred in (closed, table.row_of.get(avoided or "")):

@@ -107,17 +107,16 @@ class Coordinator:
         self._placed_by_router += placed
         return True
 
-    async def listed(self, node: str, replicas: frozenset[str]) -> tuple[float, list[str]]:
-        """The router of a node tells where requests reach a replica: what a request of its HAProxy now reaches
-        (`Demand.reaches`), and the replicas that it should ask to report, because they are silent. Placed is only where
-        all routers can send: each node's HAProxy learns of a replica by itself."""
-        now, at = time.monotonic(), time.time()
+    async def listed(self, node: str, replicas: frozenset[str]) -> list[str]:
+        """The router of a node tells where requests reach a replica; it should ask those returned to report: they are
+        silent. Placed is only where all routers can send: each node's HAProxy learns of a replica by itself."""
+        now = time.monotonic()
         self._listed[node] = (replicas, now)
         told = [names for names, at in self._listed.values() if now - at <= ROUTER_GONE_SECONDS]
-        self._deliver(self._admission.set_listed(frozenset.intersection(*told), at, now))
+        self._deliver(self._admission.set_listed(frozenset.intersection(*told), now))
         stale = self._admission.stale(now)
         self._probes += len(stale)
-        return at, stale
+        return stale
 
     async def load(self, wanted_replicas: int) -> FleetLoad:
         """For autoscaling, which tells how many replicas it last asked for."""

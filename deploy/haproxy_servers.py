@@ -5,7 +5,6 @@ fleet grows): a request for it would be sent by HAProxy's own choice, without th
 """
 
 import asyncio
-import re
 from pathlib import Path
 
 from ray.serve._private.constants import RAY_SERVE_HAPROXY_SOCKET_PATH
@@ -23,21 +22,13 @@ def admin_socket(node: str) -> Path:
     return path.parent / node / path.name
 
 
-async def reachable(socket: Path, replicas: frozenset[str]) -> tuple[str, frozenset[str]]:
-    """The id of the HAProxy process that takes new requests, and those of `replicas`, full ids, that it knows and takes
-    for up.
+async def reachable(socket: Path, replicas: frozenset[str]) -> frozenset[str]:
+    """Those of `replicas`, full ids, that HAProxy knows and takes for up.
 
     Raises OSError or TimeoutError where HAProxy does not answer, as while it starts.
     """
-    answer = await _ask(socket, "show info; show servers state")
-    up = servers_up(answer)
-    return process_id(answer), frozenset(name for name in replicas if HAProxyManager.get_safe_name(name) in up)
-
-
-def process_id(info: str) -> str:
-    """From HAProxy's `show info`; empty where it is not there."""
-    found = re.search(r"^Pid: (\d+)$", info, re.MULTILINE)
-    return found.group(1) if found else ""
+    up = servers_up(await _ask(socket, "show servers state"))
+    return frozenset(replica for replica in replicas if HAProxyManager.get_safe_name(replica) in up)
 
 
 def servers_up(state: str) -> frozenset[str]:

@@ -10,8 +10,6 @@ Needs nothing but the standard library, because it is started without the enviro
   without asking whether it has room, under the reservation of the one that failed.
 - What HAProxy itself answers has OpenAI's shape, and says when to come back.
 - While no router can be reached, Serve's own balancing takes the requests, where Ray would answer 503.
-- The router is told which HAProxy process asks. When the fleet grows, a new process takes over, and the old one still
-  holds the requests that wait: those may not be placed on replicas that it does not know.
 
     client -> frontend -> router -> backend -> replica 1 (fails)
                  ^                     |
@@ -25,8 +23,6 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
-PROCESS_HEADER = "x-trifleet-haproxy"
-"""Of what HAProxy asks the router: its process id."""
 # Listener id of the socket through which a request comes back.
 AGAIN_ID = 7
 AGAIN_PREFIX = "again:"
@@ -44,8 +40,6 @@ _FRONTEND_RULES = f"""\
 """
 _ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"
 _PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .*)?\n)+", re.MULTILINE)
-_LUA_FILE = re.compile(r"^ *lua-load-per-thread (\S+)$", re.MULTILINE)
-_LUA_REQUEST_HEAD = '        .. "Connection: close\\r\\n"\n'
 _UNREACHABLE = "{ var(txn.ingress_request_router_failed) -m str router_unreachable }"
 
 
@@ -75,12 +69,6 @@ def _only_pinned(backend: str, socket: str) -> str:
     return f"{backend.rstrip()}\n    server again unix@{socket}\n"
 
 
-def adjusted_lua(script: str, process: int) -> str:
-    """The script that asks the router says which process it is."""
-    header = f'        .. "{PROCESS_HEADER}: {process}\\r\\n"\n'
-    return _replaced(script, _LUA_REQUEST_HEAD, _LUA_REQUEST_HEAD + header)
-
-
 def _replaced(text: str, old: str, new: str) -> str:
     if old not in text:
         raise ValueError(f"HAProxy's configuration lacks `{old}`: this Ray is not the pinned one")
@@ -96,13 +84,6 @@ def main(arguments: list[str]) -> None:
     socket = os.path.join(os.path.dirname(path), "again.sock")
     with open(path) as file:
         config = adjusted(file.read(), [int(port) for port in ports.split(",")], socket, error_file)
-    for lua in _LUA_FILE.findall(config):
-        # Ray writes this file only when it has changed, so the adjusted one is another.
-        with open(lua) as file:
-            script = adjusted_lua(file.read(), os.getpid())
-        with open(f"{lua}.adjusted", "w") as file:
-            file.write(script)
-        config = config.replace(f"lua-load-per-thread {lua}\n", f"lua-load-per-thread {lua}.adjusted\n")
     with open(path, "w") as file:
         file.write(config)
     os.execv(binary, [binary, *own])

@@ -92,8 +92,6 @@ class ReplicaLedger:
         self.is_listed = True
         """Requests get there, by Serve's list and HAProxy's: False while it starts or drains."""
         self.was_listed = False
-        self.listed_since = -math.inf
-        """Seconds since 1970; -inf for what was listed before all else."""
         self.watermark_blocks = watermark_blocks
         self.margin = margin
         """Standard deviations beyond the mean that are kept free for what is expected."""
@@ -243,7 +241,6 @@ class Ledger:
         self.ended_blocks = 0
         """Bounds of all bookings that ended: what the release rate is measured on."""
         self._listed: frozenset[str] | None = None
-        self._listed_at = -math.inf
         self._replica_of: dict[str, str] = {}
         self._past: dict[tuple[str, str], float] = {}
         """(replica, epoch) -> when a later epoch or the replica's removal ended it. Its late reports are ignored
@@ -339,11 +336,9 @@ class Ledger:
         self._show(known)
         return True
 
-    def set_listed(self, replicas: frozenset[str], at: float) -> None:
-        """The replicas that requests get to, told at that time (seconds since 1970). Until this is first told, all are
-        taken for listed, and those that are so then for listed since ever."""
+    def set_listed(self, replicas: frozenset[str]) -> None:
+        """The replicas that requests get to. Until this is first told, all are taken for listed."""
         if replicas != self._listed:
-            self._listed_at = -math.inf if self._listed is None else at
             self._listed = replicas
             for known in self.replicas.values():
                 self._note_listed(known)
@@ -351,10 +346,7 @@ class Ledger:
 
     def _note_listed(self, known: ReplicaLedger) -> None:
         if self._listed is not None:
-            is_listed = known.report.replica in self._listed
-            if is_listed and not (known.is_listed and known.was_listed):
-                known.listed_since = self._listed_at
-            known.is_listed = is_listed
+            known.is_listed = known.report.replica in self._listed
             known.was_listed = known.was_listed or known.is_listed
 
     def suspect(self, replica: str) -> None:
@@ -408,8 +400,7 @@ class Ledger:
     def _show_state(self, known: ReplicaLedger) -> None:
         """Whether it takes anything may have changed."""
         is_shut = known.is_suspect or not known.is_listed
-        heard_at = -math.inf if is_shut else known.reported_at
-        self.table.set_state(known.report.replica, heard_at, known.listed_since)
+        self.table.set_heard_at(known.report.replica, -math.inf if is_shut else known.reported_at)
 
     @staticmethod
     def _is_newer(report: CapacityReport, last: CapacityReport) -> bool:

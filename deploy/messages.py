@@ -1,6 +1,5 @@
 """The messages between replicas, router and coordinator: small frozen values, no behaviour."""
 
-import math
 from dataclasses import dataclass
 
 from replicas.access import ANONYMOUS, DEFAULT_TIER
@@ -37,9 +36,6 @@ class Demand:
     """Hashes of the prompt's beginning, the shortest first (`affinity.prefix_hashes`)."""
     node: str = ""
     """The node on which it came in; empty where unknown."""
-    reaches: float = math.inf
-    """The HAProxy process that holds it knows the replicas that were listed by then: seconds since 1970 on the
-    coordinator's clock."""
 
 
 @dataclass(frozen=True)

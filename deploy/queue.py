@@ -6,7 +6,6 @@ replica a request that waits claims those with at least so many usable blocks, s
 
 import bisect
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -114,32 +113,25 @@ class Claims:
     """What the waiting requests of one class have claimed so far, of the replicas in `rows`.
 
     A request that waits claims every replica on which it could ever fit: nobody behind it in its class may take
-    headroom there, or a large request would starve behind smaller ones. It claims no replica that is too new for the
-    HAProxy process that holds it.
+    headroom there, or a large request would starve behind smaller ones.
     """
 
     def __init__(self, table: ReplicaTable, rows: slice) -> None:
         self._kind = table.kind[rows]
         self._usable = table.usable[rows]
-        self._listed_since = table.listed_since[rows]
         self._smallest_needs = (NEVER,) * len(table.kinds)
-        self._reach = -math.inf
-        """The furthest of those that claim."""
         self.cover_all = len(self._kind) == 0
 
     def leave_any_to(self, needs: tuple[int, ...]) -> bool:
         """Is there a replica, full or not, that a request of these needs may take?"""
-        if self.cover_all:
-            return False
-        is_smaller = any(n < claimed for n, claimed in zip(needs, self._smallest_needs, strict=True))
-        return is_smaller or bool((self._listed_since > self._reach).any())
+        return not self.cover_all and any(n < claimed for n, claimed in zip(needs, self._smallest_needs, strict=True))
 
     def open(self) -> NDArray[np.bool_]:
         """Which of the rows nobody has claimed."""
-        return (self._usable < np.array(self._smallest_needs)[self._kind]) | (self._listed_since > self._reach)
+        return self._usable < np.array(self._smallest_needs)[self._kind]
 
-    def add(self, needs: tuple[int, ...], reach: float) -> None:
-        smallest, furthest = tuple(map(min, needs, self._smallest_needs)), max(reach, self._reach)
-        if (smallest, furthest) != (self._smallest_needs, self._reach):
-            self._smallest_needs, self._reach = smallest, furthest
+    def add(self, needs: tuple[int, ...]) -> None:
+        smallest = tuple(map(min, needs, self._smallest_needs))
+        if smallest != self._smallest_needs:
+            self._smallest_needs = smallest
             self.cover_all = not self.open().any()

@@ -18,7 +18,6 @@ _ROW = np.dtype(
         ("headroom", np.int64),
         ("requests", np.int64),
         ("heard_at", np.float64),
-        ("listed_since", np.float64),
         ("node", np.intp),
         ("expected", np.float64, len(HORIZONS)),
         ("variance", np.float64, len(HORIZONS)),
@@ -63,8 +62,6 @@ class ReplicaTable:
     heard_at: NDArray[np.float64]
     """When it last reported; -inf for one that gets nothing new, whatever it reported."""
 
-    listed_since: NDArray[np.float64]
-    """When the last HAProxy was found to know it, in seconds since 1970; -inf where that was before all else."""
     node: NDArray[np.intp]
     """Number of the node in `nodes`."""
     expected: Matrix
@@ -112,10 +109,8 @@ class ReplicaTable:
         self.variance[row] = expected.variance
         self.most[row] = expected.most
 
-    def set_state(self, replica: str, heard_at: float, listed_since: float) -> None:
-        row = self.row_of[replica]
-        self.heard_at[row] = heard_at
-        self.listed_since[row] = listed_since
+    def set_heard_at(self, replica: str, heard_at: float) -> None:
+        self.heard_at[self.row_of[replica]] = heard_at
 
     def fits(self, rows: slice, of_kind: Use, margin: float) -> NDArray[np.bool_]:
         """Which of the rows have room, at every horizon, for a request that is expected to use so much on each of
@@ -135,8 +130,7 @@ class ReplicaTable:
         self._rows = rows
         # Views: writing to a column writes to the table.
         self.kind, self.usable, self.headroom = rows["kind"], rows["usable"], rows["headroom"]
-        self.requests, self.node = rows["requests"], rows["node"]
-        self.heard_at, self.listed_since = rows["heard_at"], rows["listed_since"]
+        self.requests, self.heard_at, self.node = rows["requests"], rows["heard_at"], rows["node"]
         self.expected, self.variance, self.most = rows["expected"], rows["variance"], rows["most"]
 
     def _find_largest(self) -> None:

@@ -11,7 +11,6 @@ replica what to answer, and without a coordinator requests still flow, spread by
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping
@@ -33,7 +32,7 @@ from starlette.routing import Route
 
 from deploy import haproxy_servers, listed
 from deploy.coordinator import NAME, NAMESPACE
-from deploy.haproxy_wrapper import AGAIN_PREFIX, PROCESS_HEADER
+from deploy.haproxy_wrapper import AGAIN_PREFIX
 from deploy.messages import Decision, Demand, Placement, Refusal
 from deploy.requests import Admissible, Served, examine, too_large
 from deploy.tiers import Tier, with_default
@@ -59,8 +58,6 @@ COORDINATOR_GRACE_SECONDS = 5.0
 RESOLVE_ATTEMPTS = 4
 RESOLVE_PAUSE_SECONDS = 0.5
 WATCH_SECONDS = 0.25
-# HAProxy starts anew when replicas come or go; an old process goes on until the last of its requests has been answered.
-REMEMBERED_PROCESSES = 1000
 PROBE_SECONDS = 2.0
 
 _ERROR_TYPES = {
@@ -100,8 +97,6 @@ class Router:
         self._coordinator: ActorHandle[Any] | None = None
         self._refused_alone: Counter[tuple[str, str]] = Counter()
         self._placed_alone: Counter[str] = Counter()
-        self._reaches: dict[str, float] = {}
-        """HAProxy's process -> what its requests reach (`Demand.reaches`), as last told while it was the newest."""
         self._background: set[asyncio.Task[Any]] = set()
 
     async def __serve_build_asgi_app__(self) -> Starlette:
@@ -135,9 +130,7 @@ class Router:
         if isinstance(examined, Answer):
             reason = "unknown_model" if examined.status == 404 else "bad_request"
             return await self._refused(examined, tenant.tier, reason)
-        # A process that was not met yet is newer than all others.
-        reaches = self._reaches.get(request.headers.get(PROCESS_HEADER, ""), math.inf)
-        examined = replace(examined, demand=replace(examined.demand, node=self._node, reaches=reaches))
+        examined = replace(examined, demand=replace(examined.demand, node=self._node))
         return await self._placed(examined, failed=failed, arrived_at=arrived_at)
 
     async def _placed(self, request: Admissible, failed: str | None, arrived_at: float) -> dict[str, Any]:
@@ -195,17 +188,12 @@ class Router:
                 if of_serve is None:
                     await self._pick(None)  # starts the handle's own watch
                     continue
-                process, names = await haproxy_servers.reachable(admin_socket, of_serve)
+                names = await haproxy_servers.reachable(admin_socket, of_serve)
                 # None while HAProxy reads its first configuration: then it does not ask this router either.
                 if names:
                     reachable = frozenset(ReplicaID.from_full_id_str(name).unique_id for name in names)
-                    told = await self._ask("listed", self._node, reachable)
-                    if told is not None:
-                        self._reaches[process], silent = told
-                        if len(self._reaches) > REMEMBERED_PROCESSES:
-                            del self._reaches[next(iter(self._reaches))]
-                        for replica in silent:
-                            self._in_background(self._probe(replica))
+                    for replica in await self._ask("listed", self._node, reachable) or ():
+                        self._in_background(self._probe(replica))
             except (OSError, TimeoutError):
                 continue  # HAProxy starts anew
             except Exception:

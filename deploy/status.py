@@ -110,7 +110,4 @@ def bar(replica: Fleet) -> Text:
 def _name(replica: Fleet) -> Text:
     if not replica["fresh"]:
         return Text(f"{replica['replica']} silent", "red")
-    if replica["draining"]:
-        return Text(f"{replica['replica']} draining", "yellow")
-    # No router has said yet that every HAProxy can send there.
-    return Text(replica["replica"]) if replica["reachable"] else Text(f"{replica['replica']} unreachable", "yellow")
+    return Text(f"{replica['replica']} draining", "yellow") if replica["draining"] else Text(replica["replica"])

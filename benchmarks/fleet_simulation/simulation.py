@@ -159,7 +159,7 @@ class Simulation:
 
     def _report_soon(self, number: int, now: float) -> None:
         """At once, or when the last report is old enough. Real replicas also report growth, every 50 ms; here that
-        waits for the heartbeat, as it changes the headroom little: what is held more is predicted less."""
+        waits for the heartbeat, as it does not change the headroom: what is held more is predicted less."""
         soonest = max(now, self._reported_at[number] + SHORTEST_REPORT_SECONDS)
         if soonest < self._report_due[number]:
             self._due(number, soonest)

@@ -167,17 +167,10 @@ function niceAbove(value) {
   return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= value);
 }
 
-/** Why a replica gets nothing new; empty where it does. Unreachable: not every HAProxy can send there yet. */
-function shut(replica) {
-  if (!replica.fresh) return "silent";
-  if (replica.draining) return "draining";
-  return replica.reachable ? "" : "unreachable";
-}
-
 function table(replicas) {
   const columns = {
     "Replica": (r) => r.replica,
-    "State": (r) => shut(r) || "reports",
+    "State": (r) => (r.fresh ? "reports" : "silent"),
     "Blocks": (r) => r.engine.total_blocks,
     "Pinned prompt": (r) => blocksOf(r).pinned,
     "Live": (r) => blocksOf(r).live,
@@ -240,9 +233,8 @@ class Card {
     while (this.events[0].at < at - MOST_SECONDS) this.events.shift();
     if (freed > 0) { this.rings = freed; this.ringed = performance.now(); }
     this.element.classList.toggle("silent", !replica.fresh);
-    this.part(".state").textContent = !replica.fresh
-      ? `silent for ${Math.round(replica.report_age_seconds)} s`
-      : shut(replica) || `${number.format(engine.running)} decode`;
+    this.part(".state").textContent = replica.fresh
+      ? `${number.format(engine.running)} decode` : `silent for ${Math.round(replica.report_age_seconds)} s`;
     const blocks = blocksOf(replica);
     const held = blocks.pinned + blocks.live;
     this.part(".blocks").innerHTML = `<b>${number.format(held)}</b> of ${number.format(engine.total_blocks)} blocks ` +

@@ -8,19 +8,16 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 import deploy.haproxy
-from deploy import haproxy_servers
 from deploy.haproxy import free_ports
-from deploy.haproxy_wrapper import PROCESS_HEADER
 from deploy.settings import FleetSettings
 from replicas.headers import RESERVATION
 
@@ -79,17 +76,15 @@ class Replica:
 
 @dataclass
 class Router:
-    """Names the replicas in turn, while it holds none back."""
+    """Names the replicas in turn."""
 
     turns: list[str]
     asked: list[dict[str, str]] = field(default_factory=list)
-    answers: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         _, headers, _ = await read_request(reader)
         self.asked.append(headers)
         number = len(self.asked)
-        await self.answers.wait()
         answer = {"replica_id": self.turns[number - 1], "request_headers": {RESERVATION: f"rsv{number}"}}
         writer.write(response(json.dumps(answer).encode()))
         await writer.drain()
@@ -102,16 +97,10 @@ class Setup:
     router: Router
     router_server: asyncio.Server
     replicas: dict[str, Replica]
-    socket: Path
-    """Where the newest HAProxy is asked."""
-    start: Callable[..., Awaitable[asyncio.subprocess.Process]]
-    """With the names of the replicas that it knows, and HAProxy's further arguments."""
-    process: asyncio.subprocess.Process
 
     def script(self, turns: list[str], **fails: str) -> None:
         """Forget what was; the router names these replicas, and those named fail in that way."""
         self.router.turns, self.router.asked = turns, []
-        self.router.answers.set()
         for name, replica in self.replicas.items():
             replica.fails, replica.seen = fails.get(name), []
 
@@ -136,35 +125,25 @@ async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup
         router_port = router_server.sockets[0].getsockname()[1]
         settings = FleetSettings(served_model_name="m")
         variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder)}
-        ports["gone"] = closed
-        socket = Path(variables["RAY_SERVE_HAPROXY_SOCKET_PATH"])
-        started = []
-
-        async def start(known: Iterable[str], *more: str) -> asyncio.subprocess.Process:
-            arguments = json.dumps([port, router_port, {name: ports[name] for name in known}])
-            writer = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE
-            )
-            config = (await writer.communicate())[0].decode().split()[-1]
-            binary = variables["RAY_SERVE_HAPROXY_BINARY_PATH"]
-            process = await asyncio.create_subprocess_exec(binary, "-db", "-f", config, *more, env=variables)
-            started.append(process)
-            while True:
-                await asyncio.sleep(0.1)
-                assert process.returncode is None, "HAProxy did not start: its words are above"
-                with contextlib.suppress(OSError):
-                    pid, up = await haproxy_servers.reachable(socket, frozenset(known))
-                    if pid == str(process.pid) and up:
-                        return process
-
+        arguments = json.dumps([port, router_port, {**ports, "gone": closed}])
+        writer = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE
+        )
+        config = (await writer.communicate())[0].decode().split()[-1]
+        binary = variables["RAY_SERVE_HAPROXY_BINARY_PATH"]
+        process = await asyncio.create_subprocess_exec(binary, "-db", "-f", config, env=variables)
         try:
-            process = await start(ports)
-            yield Setup(f"http://127.0.0.1:{port}", router, router_server, replicas, socket, start, process)
+            async with httpx.AsyncClient() as http:
+                while True:
+                    await asyncio.sleep(0.1)
+                    assert process.returncode is None, "HAProxy did not start: its words are above"
+                    with contextlib.suppress(httpx.ConnectError):
+                        if (await http.get(f"http://127.0.0.1:{port}/-/healthz")).status_code == 200:
+                            break
+            yield Setup(f"http://127.0.0.1:{port}", router, router_server, replicas)
         finally:
-            for process in started:
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
-                await process.wait()
+            process.terminate()
+            await process.wait()
 
 
 @pytest.mark.parametrize(("failing", "way"), [("a", "closes"), ("gone", ""), ("a", "says 502")])
@@ -209,34 +188,6 @@ async def test_the_router_is_told_the_api_key(setup: Setup) -> None:
     setup.script(["a"])
     await setup.post({"authorization": "Bearer secret"})
     assert setup.router.asked[0]["authorization"] == "Bearer secret"
-
-
-async def test_the_router_is_told_which_haproxy_asks(setup: Setup) -> None:
-    setup.script(["a"])
-    await setup.post({PROCESS_HEADER: "a client's"})
-    assert setup.router.asked[0][PROCESS_HEADER] == str(setup.process.pid)
-
-
-async def test_a_new_haproxy_knows_more_replicas_and_the_old_one_says_that_it_is_the_old_one_for_what_it_holds(
-    setup: Setup,
-) -> None:
-    """What the router relies on when the fleet grows while requests wait."""
-    before = setup.process
-    setup.script(["a", "c"])
-    setup.router.answers.clear()
-    held = asyncio.create_task(setup.post())
-    await asyncio.sleep(0.3)
-    await setup.start(["a", "b", "c"], "-sf", str(before.pid))
-    old, known = str(before.pid), frozenset("abc")
-    new, up = await haproxy_servers.reachable(setup.socket, known)
-    assert new != old
-    assert up <= known
-    behind = asyncio.create_task(setup.post())
-    await asyncio.sleep(0.3)
-    assert [asked[PROCESS_HEADER] for asked in setup.router.asked] == [old, new]
-    setup.router.answers.set()
-    assert (await held).text == "a:the prompt"
-    assert (await behind).text == "c:the prompt"
 
 
 async def test_while_no_router_can_be_reached_requests_flow(setup: Setup) -> None:

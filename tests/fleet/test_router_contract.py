@@ -15,7 +15,6 @@ from ray.serve.handle import DeploymentHandle
 import deploy.haproxy
 import deploy.router
 from deploy.assigned_replica_router import AssignedReplicaRouter
-from deploy.haproxy_wrapper import PROCESS_HEADER, adjusted_lua
 from deploy.settings import FleetSettings
 from replicas import headers
 
@@ -46,11 +45,6 @@ def test_haproxy_finds_the_replica_and_the_headers_in_our_answer() -> None:
     found = re.search(r'"request_headers"\s*:\s*{(.*?)}', answer)
     assert found is not None
     assert dict(re.findall(r'"\s*([^"]*?)\s*"\s*:\s*"([^"]*)"', found.group(1))) == {headers.REFUSAL: refusal}
-
-
-def test_the_script_that_asks_the_router_can_be_adjusted() -> None:
-    script = adjusted_lua(LUA, 123)
-    assert f'"{PROCESS_HEADER}: 123\\r\\n"' in script
 
 
 def test_haproxy_strips_our_headers_from_clients() -> None:

@@ -1,7 +1,6 @@
 """Who is let in, when and where; and each known way in which routers of this kind fail."""
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -373,7 +372,7 @@ def test_a_silent_replica_is_to_be_probed_and_the_probes_report_brings_it_back()
     core = admission()
     core.observe(report("silent", total=1000), 0)
     core.observe(report("other", total=100), 3)
-    core.set_listed(frozenset({"silent", "other"}), at=100 + 3, now=3)
+    core.set_listed(frozenset({"silent", "other"}), 3)
     assert core.stale(3) == ["silent"]
     core.observe(report("silent", sequence=2, total=1000), 3.1)
     assert core.stale(3.1) == []
@@ -384,9 +383,9 @@ def test_scale_down_takes_nothing_from_a_replica_that_drains_and_gives_it_nothin
     core = admission()
     core.observe(report("stays", total=100), 0)
     core.observe(report("drains", total=200), 0)
-    core.set_listed(frozenset({"stays", "drains"}), at=100 + 0, now=0)
+    core.set_listed(frozenset({"stays", "drains"}), 0)
     assert placed_on(core.submit(long_request("running"), 0)) == "drains"
-    core.set_listed(frozenset({"stays"}), at=100 + 1, now=1)
+    core.set_listed(frozenset({"stays"}), 1)
     core.observe(report("drains", sequence=2, total=200, held={"running": 5}), 1)
     assert replica_state(core, "drains", 1).draining
     assert replica_state(core, "drains", 1).reservations == 1
@@ -400,35 +399,14 @@ def test_scale_down_takes_nothing_from_a_replica_that_drains_and_gives_it_nothin
 
 def test_a_replica_that_serve_does_not_list_yet_gets_nothing_and_is_not_draining():
     core = admission()
-    core.set_listed(frozenset({"a"}), at=100 + 0, now=0)
+    core.set_listed(frozenset({"a"}), 0)
     core.observe(report("a", total=50), 0)
     core.observe(report("starts", total=500), 0)
     assert not replica_state(core, "starts").draining
     assert placed_on(core.submit(long_request("r"), 0)) == "a"
     assert core.submit(long_request("waits"), 0) is None
-    (decision,) = core.set_listed(frozenset({"a", "starts"}), at=100 + 1, now=1)
+    (decision,) = core.set_listed(frozenset({"a", "starts"}), 1)
     assert placed_on(decision) == "starts"
-
-
-def test_a_request_that_an_old_haproxy_holds_is_placed_on_no_replica_that_is_newer_and_keeps_nobody_from_it():
-    core = admission()
-    core.set_listed(frozenset({"old"}), at=100, now=0)
-    core.observe(report("old", total=50), 0)
-    assert placed_on(core.submit(long_request("running"), 0)) == "old"
-    assert core.submit(replace(long_request("held"), reaches=100), 0) is None
-    core.observe(report("new", total=50), 0)
-    assert core.set_listed(frozenset({"old", "new"}), at=101, now=1) == []
-    assert placed_on(core.submit(replace(long_request("behind"), reaches=101), 1)) == "new"
-    core.observe(report("old", sequence=2, total=50, finished=("running",)), 1)
-    assert core.snapshot(1).queue_length["long"] == 0
-    assert replica_state(core, "old", 1).reservations == 1
-
-
-def test_a_replica_that_was_listed_before_the_coordinator_asked_is_reached_by_all():
-    core = admission()
-    core.observe(report("a"), 0)
-    core.set_listed(frozenset({"a"}), at=100, now=0)
-    assert placed_on(core.submit(replace(long_request("held"), reaches=50), 0)) == "a"
 
 
 def test_the_load_counts_what_is_held_promised_and_waited_for():

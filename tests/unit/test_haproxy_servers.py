@@ -1,6 +1,6 @@
 """Which replicas HAProxy can reach, read from what it prints."""
 
-from deploy.haproxy_servers import process_id, servers_up
+from deploy.haproxy_servers import servers_up
 
 HEAD = "1\n# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight"
 STATE = f"""{HEAD}
@@ -14,11 +14,6 @@ STATE = f"""{HEAD}
 
 def test_a_server_counts_where_the_router_can_name_it_and_it_is_up() -> None:
     assert servers_up(STATE) == {"SERVE_REPLICA__trifleet-replica-b", "again"}
-
-
-def test_the_process_is_read_from_its_own_words() -> None:
-    assert process_id(f"Name: HAProxy\nPid: 4711\nUptime_sec: 3\n\n{STATE}") == "4711"
-    assert process_id(STATE) == ""
 
 
 def test_without_a_router_in_the_configuration_nothing_is_reachable() -> None:

@@ -50,18 +50,6 @@ def test_the_pace_of_compactions_is_that_between_two_readings_of_the_same_engine
     assert "a" not in compactions_per_minute(fleet(10), restarted, seconds=2)
 
 
-def test_a_replica_that_not_every_haproxy_can_send_to_says_so_and_the_others_do_not():
-    core = Admission(CoordinatorSettings())
-    core.observe(report("known", total=100), 0)
-    core.observe(report("new", total=100), 0)
-    core.set_listed(frozenset({"known"}), at=100, now=0)
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(draw("http://somewhere", json.loads(json.dumps(asdict(core.snapshot(0)), default=str)), {}))
-    text = console.export_text()
-    assert "new unreachable" in text
-    assert "known unreachable" not in text
-
-
 def test_every_replica_has_its_row_and_the_silent_one_says_so():
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(draw("http://somewhere", fleet(), {}))
