@@ -197,6 +197,7 @@ class Router:
             except (OSError, TimeoutError):
                 continue  # HAProxy starts anew
             except Exception:
+                # This loop has no caller, and must not end while the router serves.
                 logger.exception("Looking after the replicas failed; trying again.")
 
     async def _probe(self, replica: str) -> None:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.access import Access, Tenant
-from replicas.gate import Reservations, answer_with
+from replicas.gate import Reservations, after, answer_with
 from replicas.headers import REFUSAL, RESERVATION, Answer
 from replicas.limits import RequestLimits, check_body, check_headers, check_size
 from replicas.turnstile import Allowance, Turnstile
@@ -73,7 +73,7 @@ class Door:
             if isinstance(body, Answer):
                 refused = body
             else:
-                receive = _replayed(body, receive)
+                receive = after({"type": "http.request", "body": body, "more_body": False}, receive)
         if refused is None:
             refused = self._turnstile.enter(tenant.name, self._allowance(tenant)) if _counts(scope) else None
             if refused is None:
@@ -136,6 +136,7 @@ class Door:
             async with asyncio.timeout(self._limits.request_seconds + _TO_LEAVE_SECONDS):
                 await self._gate(scope, _ended_by(over, receive), answering.send)
         except Exception:
+            # Whatever an application makes of being told that the client left is no error of this request.
             if not over.is_set():
                 raise
         finally:
@@ -174,19 +175,6 @@ class _Answering:
 def _counts(scope: Scope) -> bool:
     """Whether the request is one of those that a tier's limits are about."""
     return scope["method"] == "POST"
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    first: Message | None = {"type": "http.request", "body": body, "more_body": False}
-
-    async def replay() -> Message:
-        nonlocal first
-        if first is not None:
-            taken, first = first, None
-            return taken
-        return await receive()
-
-    return replay
 
 
 def _ended_by(over: asyncio.Event, receive: Receive) -> Receive:

@@ -140,16 +140,21 @@ async def _limited(headers: MutableHeaders, receive: Receive, field: str, limit:
             message = {"type": "http.request", "body": json.dumps({**json.loads(body), field: limit}).encode()}
             headers["content-length"] = str(len(message["body"]))
             break
+    return after(message, receive)
+
+
+def after(message: Message, receive: Receive) -> Receive:
+    """What gives `message` first, and then what `receive` gives."""
     first: Message | None = message
 
-    async def receive_limited() -> Message:
+    async def receive_next() -> Message:
         nonlocal first
         if first is not None:
             taken, first = first, None
             return taken
         return await receive()
 
-    return receive_limited
+    return receive_next
 
 
 def _refusal(path: str, headers: MutableHeaders) -> Answer | None:
