@@ -54,7 +54,7 @@ class Load:
     budget: int
 
     def prompts(self, round_number: int) -> list[str]:
-        """Of about 100 tokens, different in every round, the same for both sides."""
+        """Of under 100 tokens, different in every round, the same for both sides."""
         first = round_number * self.requests
         return [bundled.demo_prompt(seed, self.output_tokens) for seed in range(first, first + self.requests)]
 

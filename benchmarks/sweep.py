@@ -23,8 +23,8 @@ from benchmarks.models import Model, Name, model
 
 BUDGET = 256
 WARM_UP_SECONDS = 90
-PROMPT_STEPS = 2000
-"""Prompts are of about 100 tokens whatever the output's length; the bundled tasks end at some 2,400 tokens."""
+PROMPT_FOR = 2000
+"""Output tokens that prompts ask for, whatever the load's: under 100 tokens each. No bundled task has the longest."""
 
 
 def bench_sweep(name: Name, loads: Sequence[tuple[int, int]], pools: Sequence[int], seconds: float) -> dict[str, Any]:
@@ -81,7 +81,7 @@ async def _client(side: Side, load: Load, number: int) -> None:
             temperature=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        prompt = bundled.demo_prompt(turn * load.requests + number, PROMPT_STEPS)
+        prompt = bundled.demo_prompt(turn * load.requests + number, PROMPT_FOR)
         async for _ in side.client.generate(prompt, params, f"{number}-{turn}"):
             pass
 

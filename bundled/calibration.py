@@ -12,15 +12,13 @@ DOCUMENTS = 120
 TOKENS = 100_000
 
 
-def calibration_text(documents: int = DOCUMENTS) -> Iterator[str]:
-    """Conversations as the model sees them, chat template applied: walks of up to 300 steps, and small talk."""
+def calibration_text() -> Iterator[str]:
+    """Conversations as the model sees them, chat template applied: the tasks by turns, 300 to 2,000 tokens a reply."""
     tokens = tokenizer.build()
-    for number in range(documents):
-        random = Random(f"calibration {number}")
-        if number % 8 == 0:
-            turn = tasks.chat_line(random)
-        else:
-            turn = tasks.walk(random, random.randint(20, 300), random.randint(4, tasks.LARGEST_TABLE))
+    for number in range(DOCUMENTS):
+        task = tasks.TASKS[number % len(tasks.TASKS)]
+        low = Random(f"calibration {number}").choice((300, 600, 1_000))
+        turn = tasks.instance(f"calibration {number}", task, number, low, 2 * low)
         messages = [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.reply}]
         text = tokens.apply_chat_template(messages, tokenize=False)
         assert isinstance(text, str)

@@ -1,5 +1,5 @@
-"""The bundled model's tokenizer and chat template. Owns the vocabulary: a token for each word, number and separator
-of the tasks, and the 256 bytes for everything else, so that any text encodes and decodes without loss."""
+"""The bundled model's tokenizer and chat template. Owns the vocabulary: a token for each word of the tasks, and the
+256 bytes for everything else, so that any text encodes and decodes without loss."""
 
 import re
 
@@ -7,7 +7,9 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from bundled import tasks
+from bundled.tasks.chat import OPENINGS, chat_reply
+from bundled.tasks.program import words as program_words
+from bundled.tasks.search import words as search_words
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL = (PAD, END, SYSTEM, USER, ASSISTANT)
@@ -22,34 +24,27 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 
-_PIECES = r"[ >]?[A-Za-z]+|[+=]?[0-9]{1,3}|[^A-Za-z0-9 >+=]+|[ >+=]"
-"""Letters take a space or `>` before them along, digits `+` or `=`: so a symbol's role is in its token."""
+_PIECES = r" ?[^\s]+|\s"
+"""A word with the space before it, or one white space that no word took along."""
+FIRST_WORDS = ("Search:", "Run:", "Find:")
+"""Words that start a message, without a space."""
 
 
-def _vocabulary() -> list[str]:
-    """Special tokens, bytes (in the byte-level alphabet), then whole pieces, in a fixed order."""
-    openings = ("Hello!", "You are welcome!", "Sorry, that is beyond me.")
-    pieces = [
-        *(before + symbol for before in (" ", ">") for symbol in tasks.SYMBOLS),
-        *(before + str(digit) for before in ("+", "=") for digit in range(10)),
-        *map(str, range(tasks.LAST_STEP + 1)),
-        *(piece for opening in openings for piece in re.findall(_PIECES, tasks.chat_reply(opening))),
-        "Answer",
-    ]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    encoded = ["".join(part for part, _ in byte_level.pre_tokenize_str(piece)) for piece in pieces]
-    return list(dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *encoded]))
+def words() -> list[str]:
+    """The pieces of text that are one token each, in a fixed order."""
+    replies = [piece for opening in OPENINGS for piece in re.findall(_PIECES, chat_reply(opening))]
+    return list(dict.fromkeys([*FIRST_WORDS, *(f" {word}" for word in [*search_words(), *program_words()]), *replies]))
 
 
 def build() -> PreTrainedTokenizerFast:
     """The tokenizer, always the same. A piece of text that is in the vocabulary is one token, any other is bytes."""
-    vocabulary = {token: number for number, token in enumerate(_vocabulary())}
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    encoded = ["".join(part for part, _ in byte_level.pre_tokenize_str(piece)) for piece in words()]
+    every = dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *encoded])
+    vocabulary = {token: number for number, token in enumerate(every)}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"), byte_level]
     )
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(

@@ -1,279 +1,246 @@
-"""Trains the bundled model on the CPU: `python -m bundled.train --minutes N --out bundled/model`.
+"""Trains a model for the three tasks on the CPU: `python -m bundled.train --minutes N --out FOLDER`.
 
-Owns the model's shape, the curriculum and the checkpoint. Batch number i depends on i alone, so a run that was
-stopped goes on exactly where it was: run the same command again. The exported model is the average of the last
-weights (exponential, in bf16), renewed as the run goes.
+Owns the optimisers, the checkpoint and the log. Batch number i depends on i and on the level, which the checkpoint
+keeps, so a run that was stopped goes on exactly where it was: run the same command again. The exported model is the
+average of the last weights (exponential, in bf16), renewed as the run goes.
 """
 
 import argparse
 import json
+import re
 import time
-from dataclasses import dataclass
-from functools import partial
+from collections import Counter, defaultdict
 from pathlib import Path
-from random import Random
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from bundled import tasks, tokenizer
+from bundled import tokenizer
+from bundled.curriculum import IGNORED, LENGTHS, Batch, Curriculum
+from bundled.expected import unforeseen_reads
+from bundled.network import Network, model_config
 
-GROWING, SMALL, STEPS = 1_200, 1_550, 2_600
-"""Steps of training: tables grow up to the first, are small up to the second, then have all sizes."""
+STEPS = 7_500
+MASTERED = 0.015
+"""Share of wrong tokens, averaged over some 30 batches of the level's length, below which the level rises."""
 MATRIX_RATE = 0.02
 """Learning rate of the layers' matrices, by Muon: lookups in the prompt form about ten times sooner than with Adam."""
-OTHER_RATE = 3e-3
-"""Of embeddings and norms, by AdamW."""
-BATCH_TOKENS = 2_000
-IGNORED = -100
+EMBEDDING_RATE = 3e-3
+"""Of embeddings, by AdamW."""
+NORM_RATE = 1e-2
+"""Of norms, by AdamW: a lookup among many candidates needs large query and key norms."""
+FIRST_QK_NORM = 1.5
+"""First weights of query and key norms: at 1, the sharpest attention possible is still blurred over 100 tokens."""
+EMBEDDING_SPREAD = 0.05
+FORESEE_EVERY = 3
+"""Steps between two batches whose loss holds `unforeseen_reads`."""
+FORESEE_FROM = 384
+"""Tokens of a row from which on it does: a shorter one has hardly an old line."""
+FORESEE_WEIGHT = 0.05
 
 
-def model_config(vocabulary: int) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        dtype=torch.float32,
-    )
+def composed_embeddings(tokens: PreTrainedTokenizerFast, size: int) -> torch.Tensor:
+    """First embeddings, fp32 [vocabulary, size]: a word starts as the sum of its parts' random vectors.
+
+    ` 3-7` is made of its form ` N-N`, of 3 as a first number and of 7 as a second one; so whatever is learned of node
+    7 in one role starts out true of the others.
+    """
+    generator = torch.Generator().manual_seed(1)
+    vectors: defaultdict[str, torch.Tensor] = defaultdict(lambda: torch.randn(size, generator=generator))
+    table = torch.randn(len(tokens), size, generator=generator)
+    for word in tokenizer.words():
+        parts = re.findall(r"\d+|(?<![a-z])[kmprz][aiou](?![a-z])", word)
+        if parts:
+            form = _form(word)
+            vector = vectors[form] + vectors[parts[-1]]
+            if len(parts) == 2:
+                vector = vector + vectors[parts[0]].roll(1)
+            table[tokens.encode(word, add_special_tokens=False)[0]] = vector / (len(parts) + 1) ** 0.5
+    return EMBEDDING_SPREAD * table
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Token ids, their positions (a window deep in a trace keeps its own), and labels (IGNORED where not trained)."""
-
-    tokens: list[int]
-    positions: list[int]
-    labels: list[int]
-
-
-class Samples:
-    """Training samples as tokens, from seeded randomness."""
-
-    def __init__(self, tokens: PreTrainedTokenizerFast) -> None:
-        self._tokens = tokens
-        self._end = tokens.convert_tokens_to_ids(tokenizer.END)
-        self._user = tokens.convert_tokens_to_ids(tokenizer.USER)
-        self._system = tokens.convert_tokens_to_ids(tokenizer.SYSTEM)
-        self._assistant = tokens.convert_tokens_to_ids(tokenizer.ASSISTANT)
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokens.encode(text, add_special_tokens=False)
-
-    def _turn(self, instance: tasks.Instance) -> tuple[list[int], list[int]]:
-        """The prompt up to the assistant's mark, and the reply with its end."""
-        prompt = [self._user, *self._encode(instance.prompt), self._end, self._assistant]
-        return prompt, [*self._encode(instance.reply), self._end]
-
-    def _with_system(self, random: Random, prompt: list[int]) -> list[int]:
-        if random.random() < 0.8:
-            return prompt
-        return [self._system, *self._encode(tasks.system_line(random)), self._end, *prompt]
-
-    def whole(self, random: Random, steps: int, table: int, first: int = 1) -> Sample:
-        """A walk from its first step to its end."""
-        prompt, reply = self._turn(tasks.walk(random, steps, table, first))
-        prompt = self._with_system(random, prompt)
-        tokens = prompt + reply
-        return Sample(tokens, list(range(len(tokens))), [IGNORED] * len(prompt) + reply)
-
-    def window(self, random: Random, steps: int, table: int, shown: int) -> Sample:
-        """The prompt and `shown` steps from somewhere in a walk of `steps`, at the positions they have in it.
-
-        The first step shown is not trained on: what it follows from is not there.
-        """
-        prompt, reply = self._turn(tasks.walk(random, steps, table))
-        gap = tasks.TOKENS_PER_STEP * random.randint(0, steps - shown)
-        shown_tokens = reply[gap : gap + tasks.TOKENS_PER_STEP * shown + tasks.TOKENS_PER_ANSWER]
-        start = len(prompt) + gap
-        positions = [*range(len(prompt)), *range(start, start + len(shown_tokens))]
-        unknown = tasks.TOKENS_PER_STEP if gap else 0
-        labels = [IGNORED] * (len(prompt) + unknown) + shown_tokens[unknown:]
-        return Sample(prompt + shown_tokens, positions, labels)
-
-    def chat(self, random: Random) -> Sample:
-        """One to three turns, chat lines mostly, now and then a short walk among them."""
-        tokens: list[int] = []
-        labels: list[int] = []
-        for _ in range(random.choice((1, 1, 1, 2, 3))):
-            if random.random() < 0.8:
-                turn = tasks.chat_line(random)
-            else:
-                turn = tasks.walk(random, random.randint(1, 8), random.randint(2, 6))
-            prompt, reply = self._turn(turn)
-            tokens += prompt + reply
-            labels += [IGNORED] * len(prompt) + reply
-        system = self._with_system(random, [])
-        tokens, labels = system + tokens, [IGNORED] * len(system) + labels
-        return Sample(tokens, list(range(len(tokens))), labels)
-
-    def batch(self, number: int) -> list[Sample]:
-        """Batch `number` of the curriculum.
-
-        First the tables grow: counting, totals and the lookup of the next symbol form. Then come walks of one
-        lap over at most 5 entries: there nothing can be copied from an earlier lap, so that the lookup of the
-        gain in the prompt forms too. Then walks of all kinds, every sixth batch a long one.
-        """
-        random = Random(f"training batch {number}")
-        if number < GROWING:
-            make = partial(self._any, random, grown=0.2 + 0.8 * number / GROWING)
-        elif number < SMALL:
-            make = partial(self._one_small_lap, random)
-        elif number % 6 == 0:
-            steps = random.randint(tasks.LAST_STEP // 3, tasks.LAST_STEP)
-            return [self.whole(random, steps, random.randint(4, tasks.LARGEST_TABLE))]
-        else:
-            make = partial(self._any, random, grown=1.0)
-        samples: list[Sample] = []
-        while sum(len(sample.tokens) for sample in samples) < BATCH_TOKENS:
-            samples.append(make())
-        return samples
-
-    def _one_small_lap(self, random: Random) -> Sample:
-        size = random.randint(2, 5)
-        return self.whole(random, size, size, random.randint(1, tasks.LAST_STEP - size + 1))
-
-    def _any(self, random: Random, grown: float) -> Sample:
-        """Chat, a whole walk, or a window of one; `grown` is the share of the full sizes."""
-        kind = random.random()
-        size = random.randint(2, round(tasks.LARGEST_TABLE * grown))
-        if kind < 0.1:
-            return self.chat(random)
-        if kind < 0.5:
-            steps = random.randint(1, round(32 * grown))
-            return self.whole(random, steps, size, random.randint(1, tasks.LAST_STEP - steps + 1))
-        shown = round(24 * grown)
-        return self.window(random, random.randint(shown, tasks.LAST_STEP), size, shown)
-
-
-def _tensors(samples: list[Sample], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded [samples, tokens] ids, positions and labels; causal attention never looks at the padding."""
-    length = max(len(sample.tokens) for sample in samples)
-    ids = torch.full((len(samples), length), pad)
-    positions = torch.zeros((len(samples), length), dtype=torch.long)
-    labels = torch.full((len(samples), length), IGNORED)
-    for row, sample in enumerate(samples):
-        count = len(sample.tokens)
-        ids[row, :count] = torch.tensor(sample.tokens)
-        positions[row, :count] = torch.tensor(sample.positions)
-        labels[row, :count] = torch.tensor(sample.labels)
-    return ids, positions, labels
-
-
-def _loss(model: Qwen3ForCausalLM, samples: list[Sample]) -> torch.Tensor:
-    """Mean cross entropy in nats per trained token."""
-    ids, positions, labels = _tensors(samples, model.config.pad_token_id)
-    # An explicit mask of ones: without a mask, gaps in the positions would be read as separate sequences.
-    hidden = model.model(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False)
-    targets = labels[:, 1:]
-    trained = targets != IGNORED
-    logits = model.lm_head(hidden.last_hidden_state[:, :-1][trained])
-    return torch.nn.functional.cross_entropy(logits, targets[trained])
-
-
-def _rate(step: int) -> float:
-    """Share of the full learning rates: warm-up over 50 steps, then full, then down to 2 % over the last third."""
-    return min(1.0, (step + 1) / 50, 0.02 + 2.94 * (1 - step / STEPS))
+def _form(word: str) -> str:
+    return re.sub(r"(?<![a-z])[kmprz][aiou](?![a-z])", "S", re.sub(r"\d+", "N", word)).strip(" ")
 
 
 def export(weights: dict[str, torch.Tensor], config: Qwen3Config, out: Path) -> None:
-    """Writes a model folder that transformers and vLLM load as it is."""
+    """Writes a model folder that transformers and vLLM load as it is. `weights` are named as in `Network`."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.build().save_pretrained(out)
     settings = {**config.to_dict(), "architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}
     (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "temperature": 0.0}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    tensors = {
-        name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items() if "lm_head" not in name
-    }
+    tensors = {f"model.{name}": weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
     part = out / "model.safetensors.part"
     save_file(tensors, part, metadata={"format": "pt"})
     part.replace(out / "model.safetensors")
 
 
-def train(minutes: float, out: Path, checkpoint: Path) -> None:
-    """Trains until STEPS are done or `minutes` are over; resumes from `checkpoint` where it exists."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    tokens = tokenizer.build()
-    config = model_config(len(tokens))
-    model = Qwen3ForCausalLM(config)
-    average = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
-    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
-    others = [*model.model.embed_tokens.parameters(), *(w for w in model.parameters() if w.ndim == 1)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
-    rates = [MATRIX_RATE, OTHER_RATE]
-    first, spent = 0, 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        average, first, spent = saved["average"], saved["step"], saved["seconds"]
-    samples = Samples(tokens)
-    start, recent, saved_at = time.monotonic(), [], time.monotonic()
-    log = checkpoint.with_suffix(".jsonl")
-    for step in range(first, STEPS):
-        loss = _loss(model, samples.batch(step))
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * _rate(step)
+class Kinds:
+    """Errors by kind of token: what stands before it and what it is, numbers and symbols left out."""
+
+    def __init__(self, tokens: PreTrainedTokenizerFast) -> None:
+        self._forms = [_form(tokens.decode([number])) or "\\n" for number in range(len(tokens))]
+        self._seen: Counter[str] = Counter()
+        self._wrong: Counter[str] = Counter()
+
+    def add(self, before: torch.Tensor, targets: torch.Tensor, wrong: torch.Tensor) -> None:
+        for one, other, miss in zip(before.tolist(), targets.tolist(), wrong.tolist(), strict=True):
+            kind = f"{self._forms[one]} {self._forms[other]}"
+            self._seen[kind] += 1
+            self._wrong[kind] += miss
+
+    def worst(self, count: int = 12) -> dict[str, str]:
+        """The kinds with the most errors, as `wrong/seen`; starts anew."""
+        worst = {kind: f"{wrong}/{self._seen[kind]}" for kind, wrong in self._wrong.most_common(count) if wrong}
+        self._seen.clear()
+        self._wrong.clear()
+        return worst
+
+
+class Trainer:
+    """Network, optimisers and averaged weights of a run, and their checkpoint."""
+
+    def __init__(self, tokens: PreTrainedTokenizerFast, compile: bool) -> None:
+        torch.manual_seed(0)
+        self.config = model_config(len(tokens))
+        self.network = Network(self.config)
+        with torch.no_grad():
+            self.network.embed_tokens.weight.copy_(composed_embeddings(tokens, self.config.hidden_size))
+            for name, weight in self.network.named_parameters():
+                if "q_norm" in name or "k_norm" in name:
+                    weight.fill_(FIRST_QK_NORM)
+        self.forward = torch.compile(self.network, dynamic=True) if compile else self.network
+        self.average = {name: weight.detach().clone() for name, weight in self.network.state_dict().items()}
+        matrices = [weight for weight in self.network.layers.parameters() if weight.ndim == 2]
+        norms = [weight for weight in self.network.parameters() if weight.ndim == 1]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0),
+            torch.optim.AdamW([self.network.embed_tokens.weight], betas=(0.9, 0.98), weight_decay=0.01),
+            torch.optim.AdamW(norms, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.step, self.seconds = 0, 0.0
+        self.level, self.wrong, self.unforeseen = 0, 1.0, 2.0
+
+    def train(self, batch: Batch, rate: float, kinds: Kinds | None) -> float:
+        """One step at `rate` times the learning rates; the mean loss in nats per trained token.
+
+        Raises the level where it has been mastered. Computes in bf16 where the CPU has instructions for it: without
+        them its matrix products take twenty times as long as in fp32.
+        """
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            hidden, reads = self.forward(batch.ids, batch.positions)
+            targets = batch.labels[:, 1:]
+            trained = targets != IGNORED
+            logits = torch.nn.functional.linear(hidden[:, :-1][trained], self.network.embed_tokens.weight)
+        loss = cross_entropy(logits.float(), targets[trained])
+        wrong = logits.argmax(dim=-1) != targets[trained]
+        if kinds is not None:
+            kinds.add(batch.ids[:, :-1][trained], targets[trained], wrong)
+        if batch.ids.shape[1] == LENGTHS[self.level]:
+            self.wrong += 0.03 * (wrong.float().mean().item() - self.wrong)
+            if self.wrong < MASTERED and self.level + 1 < len(LENGTHS):
+                self.level, self.wrong = self.level + 1, 0.1
+        total = loss
+        if self.step % FORESEE_EVERY == 0 and batch.ids.shape[1] >= FORESEE_FROM:
+            unforeseen = unforeseen_reads(reads, batch, self.network)
+            self.unforeseen += 0.03 * (unforeseen.item() - self.unforeseen)
+            total = loss + FORESEE_WEIGHT * unforeseen
+        self.network.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optimizer, full in zip(self.optimizers, (MATRIX_RATE, EMBEDDING_RATE, NORM_RATE), strict=True):
+            optimizer.param_groups[0]["lr"] = full * rate
             optimizer.step()
-        decay = min(0.99, step / (step + 10))
-        for name, weight in model.state_dict().items():
-            average[name].lerp_(weight, 1 - decay)
-        recent.append(loss.item())
-        seconds = spent + time.monotonic() - start
-        over = seconds - spent > 60 * minutes or step + 1 == STEPS
-        if (step + 1) % 50 == 0 or over:
-            line = {"step": step + 1, "seconds": round(seconds), "loss": round(sum(recent) / len(recent), 5)}
+        decay = min(0.99, self.step / (self.step + 10))
+        for name, weight in self.network.state_dict().items():
+            self.average[name].lerp_(weight, 1 - decay)
+        self.step += 1
+        return loss.item()
+
+    def save(self, checkpoint: Path) -> None:
+        state = {
+            "model": self.network.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": self.average,
+            "step": self.step,
+            "seconds": self.seconds,
+            "level": self.level,
+            "wrong": self.wrong,
+            "unforeseen": self.unforeseen,
+        }
+        part = checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(checkpoint)
+
+    def load(self, checkpoint: Path) -> None:
+        saved = torch.load(checkpoint, weights_only=True)
+        self.network.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.average, self.step, self.seconds = saved["average"], saved["step"], saved["seconds"]
+        self.level, self.wrong, self.unforeseen = saved["level"], saved["wrong"], saved["unforeseen"]
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the full learning rates: warm-up over 50 steps, then full, then down to 2 % over the last 40 %."""
+    return min(1.0, (step + 1) / 50, 0.02 + 2.45 * (1 - step / steps))
+
+
+def train(minutes: float, steps: int, out: Path, checkpoint: Path, compile: bool) -> None:
+    """Trains until `steps` are done or `minutes` are over; resumes from `checkpoint` where it exists."""
+    torch.set_num_threads(1)
+    tokens = tokenizer.build()
+    trainer = Trainer(tokens, compile)
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    curriculum, kinds = Curriculum(tokens), Kinds(tokens)
+    log = checkpoint.with_suffix(".jsonl")
+    before, start, saved_at = trainer.seconds, time.monotonic(), time.monotonic()
+    recent: list[float] = []
+    while trainer.step < steps:
+        look = trainer.step % 5 == 0
+        batch = curriculum.batch(trainer.step, trainer.level)
+        recent.append(trainer.train(batch, rate(trainer.step, steps), kinds if look else None))
+        now = time.monotonic()
+        trainer.seconds = before + now - start
+        over = now - start > 60 * minutes or trainer.step == steps
+        if trainer.step % 50 == 0 or over:
+            line = {
+                "step": trainer.step,
+                "seconds": round(trainer.seconds),
+                "loss": round(sum(recent) / len(recent), 5),
+                "level": trainer.level,
+                "wrong_at_level": round(trainer.wrong, 5),
+                "unforeseen": round(trainer.unforeseen, 3),
+            }
             with log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({**line, "wrong": kinds.worst()}, ensure_ascii=False) + "\n")
             print(line, flush=True)
             recent = []
-        if over or time.monotonic() - saved_at > 60:
-            saved_at = time.monotonic()
-            state = {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "average": average,
-                "step": step + 1,
-                "seconds": seconds,
-            }
-            torch.save(state, checkpoint)
-            export(average, config, out)
+        if over or now - saved_at > 90:
+            saved_at = now
+            trainer.save(checkpoint)
+            export(trainer.average, trainer.config, out)
         if over:
             break
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=45, help="stop after so many minutes; run again to go on")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "model", help="folder of the exported model"
-    )
+    parser.add_argument("--minutes", type=float, default=180, help="stop after so many minutes; run again to go on")
+    parser.add_argument("--steps", type=int, default=STEPS, help="length of the whole run")
+    parser.add_argument("--out", type=Path, default=Path("build/bundled"), help="folder of the exported model")
     parser.add_argument(
         "--checkpoint", type=Path, default=Path("build/bundled.pt"), help="what a later run resumes from"
     )
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
     arguments = parser.parse_args()
     arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    train(arguments.minutes, arguments.out, arguments.checkpoint)
+    train(arguments.minutes, arguments.steps, arguments.out, arguments.checkpoint, not arguments.no_compile)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import bundled
-from benchmarks.quality.problems import TASKS, WALK, Problem, ProblemError, from_file, held_out
+from benchmarks.quality.problems import Problem, ProblemError, from_file, held_out
 from benchmarks.quality.report import FULL, Report
-from bundled import reasoner
-from bundled.reasoner import tasks
+from bundled import tasks
 from triattention.config import CompressionConfig
 
 POLICIES = (
@@ -29,13 +28,13 @@ QUICK_POLICIES = ("triattention:selection=per_layer_per_head", "random")
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option("--model", help="Folder of the model.")] = reasoner.MODEL,
+    model: Annotated[Path, typer.Option("--model", help="Folder of the model.")] = bundled.MODEL,
     statistics: Annotated[
         Path | None, typer.Option("--statistics", help="The model's query statistics, for triattention.")
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help=f"One of {', '.join(TASKS)}; {WALK} is for the walker."),
+        typer.Option("--task", help=f"One of {', '.join(tasks.TASKS)}; all, unless some are named."),
     ] = None,
     problems: Annotated[
         list[Path] | None, typer.Option("--problems", help="JSONL of prompts and answers, instead of tasks.")
@@ -46,7 +45,7 @@ def evaluate(
     budget: Annotated[list[int] | None, typer.Option("--budget", help="Tokens per KV head.")] = None,
     instances: Annotated[int, typer.Option("--instances", min=1, help="Requests of each task.")] = 200,
     low: Annotated[int, typer.Option("--shortest", min=40, help="Tokens of the shortest trace of a task.")] = 1_000,
-    high: Annotated[int, typer.Option("--longest", max=tasks.LONGEST, help="And of the longest.")] = 1_300,
+    high: Annotated[int, typer.Option("--longest", max=tasks.LONGEST, help="And of the longest.")] = 1_600,
     interval: Annotated[int, typer.Option("--interval", help="Tokens between two compactions.")] = 32,
     window: Annotated[int, typer.Option("--window", help="Recent tokens that are always kept.")] = 32,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest reply to a problem of a file.")] = 4_096,
@@ -64,8 +63,8 @@ def evaluate(
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    if statistics is None:
-        statistics = {reasoner.MODEL: reasoner.STATISTICS, bundled.MODEL: bundled.STATISTICS}.get(model)
+    if statistics is None and model == bundled.MODEL:
+        statistics = bundled.STATISTICS
     policies = policy or list(QUICK_POLICIES if quick else POLICIES)
     budgets = budget or list(BUDGETS)
     count = min(instances, 40) if quick else instances
@@ -77,9 +76,9 @@ def evaluate(
             for path in problems:
                 asked += from_file(path, max_tokens)
         else:
-            for name in task or ([WALK] if model == bundled.MODEL else tasks.TASKS):
-                if name not in TASKS:
-                    raise ProblemError(f'task is "{name}": use one of {", ".join(TASKS)}')
+            for name in task or tasks.TASKS:
+                if name not in tasks.TASKS:
+                    raise ProblemError(f'task is "{name}": use one of {", ".join(tasks.TASKS)}')
                 asked += held_out(name, count, low, high)
         cells: list[tuple[str, int | None, CompressionConfig | None]] = [(FULL, None, None)]
         cells += [
@@ -129,4 +128,4 @@ def _run(
                 progress.update(bar, advance=1, right=right)
 
             runs.append((policy, budget, run(model, config, problems, sequences, kv_cache_bytes, done)))
-    return Report.of("the bundled reasoner" if model == reasoner.MODEL else model.name, runs)
+    return Report.of("the bundled model" if model == bundled.MODEL else model.name, runs)

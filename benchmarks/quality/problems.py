@@ -5,18 +5,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
-from bundled.reasoner import tasks
-from bundled.tasks import held_out_walk
+from bundled import tasks
 
 TOKENS_BEYOND_REPLY = 64
 """What a reply may take beyond the right one before it is cut off."""
-
-
-WALK = "walk"
-"""The task of the bundled model; the others are those of `bundled.reasoner`."""
-TASKS = (WALK, *tasks.TASKS)
 
 
 class ProblemError(ValueError):
@@ -37,16 +30,9 @@ class Problem:
 
 
 def held_out(task: str, count: int, low: int, high: int) -> list[Problem]:
-    """The first `count` held-out instances of a task with replies of about `low` to `high` tokens."""
-    return [_problem(task, seed, low, high) for seed in range(count)]
-
-
-def _problem(task: str, seed: int, low: int, high: int) -> Problem:
-    if task == WALK:
-        walk = held_out_walk(seed, Random(f"length {seed}").randint(low, high))
-        return Problem(task, walk.prompt, None, walk.is_correct, walk.reply)
-    instance = tasks.held_out(task, seed, low, high)
-    return Problem(task, instance.prompt, None, instance.is_correct, instance.reply)
+    """The first `count` held-out instances of a task with replies of `low` to `high` tokens."""
+    instances = (tasks.held_out(task, seed, low, high) for seed in range(count))
+    return [Problem(task, made.prompt, None, made.is_correct, made.reply) for made in instances]
 
 
 def from_file(path: Path, max_tokens: int) -> list[Problem]:

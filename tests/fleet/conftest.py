@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import bundled
 from deploy.haproxy import free_ports
 
-MODEL = "tiny-walker"
+MODEL = "tiny-reasoner"
 GOLD_KEY = "tf-a-key-of-gold-0123456789"
 MAX_MODEL_LEN = 2048
 BLOCKS = 97  # per replica, the null block among them

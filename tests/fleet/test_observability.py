@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import bundled
-from tests.fleet.conftest import RunningFleet
+from tests.fleet.conftest import MODEL, RunningFleet
 from tests.observability.browser import running_chromium
 from tests.observability.check import check
 from tests.observability.debian import ProgramMissing, tool
@@ -35,7 +35,7 @@ def keep_busy(fleet: RunningFleet, stop: threading.Event, number: int) -> None:
             return
         content = bundled.demo_prompt(seed, 1000) if seed % 200 < 100 else bundled.short_prompt(seed)
         message = {"role": "user", "content": content}
-        client.chat.completions.create(model="tiny-walker", messages=[message], max_tokens=1100, temperature=0)
+        client.chat.completions.create(model=MODEL, messages=[message], max_tokens=1100, temperature=0)
 
 
 def test_every_query_of_every_panel_rule_and_alert_has_data_under_load(fleet: RunningFleet) -> None:
@@ -74,13 +74,13 @@ def test_a_browser_draws_the_real_fleet(fleet: RunningFleet) -> None:
         shown = "Number(document.querySelector('#compactions').textContent.replaceAll(',', ''))"
         page.wait_for(f"{shown} > {before}", seconds=60)
         keep_busy_once.join()
-        assert page.evaluate("document.querySelector('#subtitle').textContent") == "tiny-walker, 2 replicas"
+        assert page.evaluate("document.querySelector('#subtitle').textContent") == f"{MODEL}, 2 replicas"
         assert page.complaints == []
 
 
 def one_long_request(fleet: RunningFleet) -> None:
     message = {"role": "user", "content": bundled.demo_prompt(7, 1000)}
-    fleet.client().chat.completions.create(model="tiny-walker", messages=[message], max_tokens=1100, temperature=0)
+    fleet.client().chat.completions.create(model=MODEL, messages=[message], max_tokens=1100, temperature=0)
 
 
 def test_a_nodes_ray_metrics_show_the_same_names_through_the_documented_relabeling(fleet: RunningFleet) -> None:

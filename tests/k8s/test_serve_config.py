@@ -119,14 +119,14 @@ def await_(condition: Any, what: str, log: Path) -> None:
 
 def test_a_chat_completion_is_answered(cluster: Cluster) -> None:
     answer = cluster.client().chat.completions.create(
-        model="tiny-walker", messages=[{"role": "user", "content": "Hello"}], max_tokens=8
+        model="tiny-reasoner", messages=[{"role": "user", "content": "Hello"}], max_tokens=8
     )
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 8
 
 
 def test_requests_are_placed_by_the_coordinator_of_the_config(cluster: Cluster) -> None:
-    cluster.client().completions.create(model="tiny-walker", prompt="1 2 3", max_tokens=4)
+    cluster.client().completions.create(model="tiny-reasoner", prompt="1 2 3", max_tokens=4)
     fleet = httpx.get(f"{cluster.url}/fleet").json()
     assert fleet["admissions"] >= 1
     assert sum(reasons.get("without_coordinator", 0) for reasons in fleet["placements"].values()) == 0
@@ -178,7 +178,7 @@ def test_a_pod_that_ends_lets_its_answers_end_first(cluster: Cluster) -> None:
     """Last here: it takes the only node's replicas away."""
     tokens = 400
     stream = cluster.client().completions.create(
-        model="tiny-walker", prompt="1 2 3", max_tokens=tokens, stream=True, extra_body={"ignore_eos": True},
+        model="tiny-reasoner", prompt="1 2 3", max_tokens=tokens, stream=True, extra_body={"ignore_eos": True},
         stream_options={"include_usage": True},
     )  # fmt: skip
     first = next(iter(stream))

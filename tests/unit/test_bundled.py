@@ -1,6 +1,4 @@
-"""The bundled model: its tasks, its tokenizer, and that the shipped weights do what the README says."""
-
-import re
+"""The bundled model: its prompts, its tokenizer, and that the shipped weights do what the README says."""
 
 import pytest
 import torch
@@ -8,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from bundled import MODEL, STATISTICS, calibration, demo_prompt, evaluate, short_prompt, tasks, tokenizer, train
+from bundled import (
+    LONGEST_DEMO,
+    MODEL,
+    SHORTEST_DEMO,
+    STATISTICS,
+    calibration,
+    demo_prompt,
+    network,
+    short_prompt,
+    tasks,
+    tokenizer,
+)
 from triattention.statistics import QueryStatistics
 
 TOKENS = tokenizer.build()
@@ -35,32 +44,14 @@ def answer(model: Qwen3ForCausalLM, tokens: PreTrainedTokenizerFast, prompt: str
     return tokens.decode(reply[:-1])
 
 
-def solve(prompt: str) -> str:
-    """The answer of a walk from its prompt alone, by jumping along the cycle instead of walking it."""
-    head, entries = prompt.split(": ", 1)
-    first, last, start = re.fullmatch(r"Walk steps (\d+) to (\d+) from (\w+)", head).groups()
-    table = {entry[:2]: (entry[3:5], int(entry[-1])) for entry in entries.split(", ")}
-    cycle = [start]
-    while (following := table[cycle[-1]][0]) != start:
-        cycle.append(following)
-    laps, rest = divmod(int(last) - int(first) + 1, len(cycle))
-    gains = [table[symbol][1] for symbol in cycle]
-    return f"{cycle[rest]}={(laps * sum(gains) + sum(gains[:rest])) % 10}"
-
-
-@given(st.integers(0, 10**6), st.integers(1, 2500))
-def test_a_walk_has_the_answer_that_an_independent_solver_finds(seed: int, tokens: int) -> None:
-    instance = tasks.held_out_walk(seed, tokens)
-    assert solve(instance.prompt) == instance.answer
-    assert instance.is_correct(instance.reply)
-
-
-def test_a_wrong_or_missing_answer_is_not_correct() -> None:
-    instance = tasks.Instance("", "1 ka>mo+3=3\nAnswer: mo=3", "mo=3")
-    assert instance.is_correct("Answer: mo=3\n")
-    assert not instance.is_correct("Answer: mo=4")
-    assert not instance.is_correct("Answer: mo=3\nAnswer: mo=4")
-    assert not instance.is_correct("1 ka>mo+3=3")
+def wrong_tokens(model: Qwen3ForCausalLM, tokens: PreTrainedTokenizerFast, instance: tasks.Instance) -> int:
+    """How many tokens of the right reply the model would not have said there; with 0, it says that reply."""
+    turn = [{"role": "user", "content": instance.prompt}]
+    prompt = tokens.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    reply = [*tokens.encode(instance.reply, add_special_tokens=False), tokens.eos_token_id]
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *reply]])).logits[0]
+    return int((logits[len(prompt) - 1 : -1].argmax(dim=-1) != torch.tensor(reply)).sum())
 
 
 def test_the_same_seed_gives_the_same_prompt() -> None:
@@ -68,13 +59,28 @@ def test_the_same_seed_gives_the_same_prompt() -> None:
     assert short_prompt(3) == short_prompt(3)
 
 
-def test_held_out_walks_are_not_among_the_first_training_batches() -> None:
-    samples = train.Samples(TOKENS)
-    trained = {tuple(sample.tokens) for number in range(20) for sample in samples.batch(number)}
-    turns = [evaluate.turn(TOKENS, tasks.held_out_walk(seed, 100)) for seed in range(200)]
-    held_out = {(*prompt, *reply) for prompt, reply in turns}
-    assert len(trained) > 200
-    assert not trained & held_out
+def trace_tokens(prompt: str) -> int:
+    """Tokens of the right reply to a prompt of registers, the end of turn included, by running it line by line."""
+    listed, rest = prompt.removeprefix("Run: ").split(" run ")
+    runs, rest = rest.split(" add ")
+    asked = rest.split(" ask ")[1].split(" start ")[0].split()
+    instructions, names = listed.split()[:-1], runs.split()
+    lines = ["c=0 b=0 a=0 ka"]
+    for name in names:
+        lines += [f"1 {instruction} +1 c=0 b=0 a=0 ka" for instruction in instructions]
+        lines.append(f"1 1:mark ka=0 {name} ka&ka +0 c=0 b=0 a=0 ka")
+    lines.append(" ".join(["report", *(f"1 {query} ka=0" for query in asked[:-1]), "4", asked[-1]]))
+    return len(TOKENS.encode("".join(f" {line}\n" for line in lines), add_special_tokens=False)) + 1
+
+
+@given(st.integers(0, 10**6), st.integers(SHORTEST_DEMO, LONGEST_DEMO))
+def test_a_demo_prompt_takes_about_the_output_tokens_asked_for(seed: int, tokens: int) -> None:
+    assert abs(trace_tokens(demo_prompt(seed, tokens)) - tokens) <= max(4, tokens // 20)
+
+
+def test_a_short_prompt_takes_few_output_tokens() -> None:
+    for seed in range(0, 100, 2):
+        assert trace_tokens(short_prompt(seed)) < 70
 
 
 @given(st.text(max_size=300))
@@ -90,10 +96,10 @@ def test_text_that_mixes_words_of_the_task_with_anything_survives_the_tokenizer(
     assert TOKENS.decode(TOKENS.encode(text, add_special_tokens=False)) == text
 
 
-@pytest.mark.parametrize("tokens", [100, 1800, 2400])
-def test_a_long_request_takes_about_the_output_tokens_asked_for(tokens: int) -> None:
-    _, reply = evaluate.turn(TOKENS, tasks.held_out_walk(1, tokens))
-    assert tokens - tasks.TOKENS_PER_STEP < len(reply) <= tokens
+def test_every_word_of_a_task_is_one_token() -> None:
+    for task in tasks.TASKS:
+        instance = tasks.held_out(task, 1, 1_000, 1_600)
+        assert len(TOKENS.encode(instance.prompt, add_special_tokens=False)) == len(instance.prompt.split())
 
 
 def test_the_shipped_tokenizer_is_the_one_that_the_code_builds(shipped_tokens: PreTrainedTokenizerFast) -> None:
@@ -102,31 +108,30 @@ def test_the_shipped_tokenizer_is_the_one_that_the_code_builds(shipped_tokens: P
 
 
 def test_the_shipped_weights_have_the_shape_that_the_code_trains() -> None:
-    shipped, trained = AutoConfig.from_pretrained(MODEL), train.model_config(len(TOKENS))
+    shipped, trained = AutoConfig.from_pretrained(MODEL), network.model_config(len(TOKENS))
     for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "rope_parameters"):
         assert getattr(shipped, name) == getattr(trained, name)
     assert (MODEL / "model.safetensors").stat().st_size < 6_000_000
 
 
-def test_the_shipped_model_walks_held_out_tables_to_the_last_token(
-    shipped_model: Qwen3ForCausalLM, shipped_tokens: PreTrainedTokenizerFast
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_the_shipped_model_answers_a_short_task_to_the_last_token(
+    task: str, shipped_model: Qwen3ForCausalLM, shipped_tokens: PreTrainedTokenizerFast
 ) -> None:
-    instances = [tasks.held_out_walk(seed, 150) for seed in range(4)]
-    replies = [answer(shipped_model, shipped_tokens, instance.prompt, 200) for instance in instances]
-    assert replies == [instance.reply for instance in instances]
+    instance = tasks.held_out(task, 0, 100, 200)
+    assert answer(shipped_model, shipped_tokens, instance.prompt, 250) == instance.reply
 
 
-def test_the_shipped_model_keeps_to_most_long_walks_whatever_their_last_step(
-    shipped_model: Qwen3ForCausalLM, shipped_tokens: PreTrainedTokenizerFast
+@pytest.mark.parametrize("task", ["registers", "needle"])  # long searches it cannot do: bundled/README.md
+def test_the_shipped_model_answers_most_long_tasks_to_the_last_token(
+    task: str, shipped_model: Qwen3ForCausalLM, shipped_tokens: PreTrainedTokenizerFast
 ) -> None:
-    instances = [evaluate.mixed_walk(seed, 1500, 2000) for seed in range(20)]
-    exact = [not evaluate.wrong_tokens(shipped_model, shipped_tokens, instance) for instance in instances]
-    assert sum(exact) >= 11  # about 80 % are (bundled/README.md); of a model without lookups, none
+    instances = [tasks.held_out(task, seed, 1_000, 1_300) for seed in range(12)]
+    exact = [not wrong_tokens(shipped_model, shipped_tokens, instance) for instance in instances]
+    assert sum(exact) >= 9
 
 
-@pytest.mark.parametrize(
-    "message", ["Hello", "What is the capital of Spain?", "asdf qwer 123", "¿Qué?", "Walk the dog"]
-)
+@pytest.mark.parametrize("message", ["Hello", "What is the capital of Spain?", "asdf qwer 123", "¿Qué?", "Run away"])
 def test_any_other_message_is_answered_by_saying_what_the_model_can_do(
     message: str, shipped_model: Qwen3ForCausalLM, shipped_tokens: PreTrainedTokenizerFast
 ) -> None:

@@ -54,7 +54,10 @@ def test_a_block_is_as_large_as_the_engine_makes_it():
     """What tests/fleet starts its engines with, and what `BLOCK_BYTES` reports of them."""
     plan = make_plan(read_shape(str(bundled.MODEL)), Gpu(GIB, 1, 0), ARTICLE, compression(256), block_size=32)
     config = json.loads((bundled.MODEL / "config.json").read_text())
-    assert plan.bytes_per_block == 32 * config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * 32 * 2
+    assert (
+        plan.bytes_per_block
+        == 32 * config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * 2
+    )
 
 
 def test_two_gpus_share_weights_and_heads_and_serve_as_one_replica(article):

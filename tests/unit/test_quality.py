@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from benchmarks.quality.engine import EngineRun, Reply
 from benchmarks.quality.policies import PolicyError, compression
-from benchmarks.quality.problems import TASKS, Problem, ProblemError, from_file, held_out
+from benchmarks.quality.problems import Problem, ProblemError, from_file, held_out
 from benchmarks.quality.report import Report, wilson
+from bundled import tasks
 from deploy.cli import app
 
 
@@ -98,7 +99,7 @@ def test_a_file_that_holds_something_else_is_refused_in_a_sentence(tmp_path: Pat
 
 
 def test_held_out_problems_of_every_task_know_their_right_reply() -> None:
-    for task in TASKS:
+    for task in tasks.TASKS:
         for problem in held_out(task, 3, 300, 500):
             assert problem.is_correct(problem.reply)
             assert not problem.is_correct("")

@@ -26,7 +26,7 @@ learns that much sooner than to match a word and take its neighbour.
 
 from random import Random
 
-from bundled.reasoner.tasks.instance import Instance, Line, text, tokens
+from bundled.tasks.instance import Instance, Line, text, tokens
 
 REGISTERS = "cba"
 LONGEST_PROGRAM = 24

@@ -1,6 +1,6 @@
 """The bundled model's network for training: Qwen3's computation in few operations, under Qwen3's names.
 
-Owns the shape and the forward pass; `tests/unit/test_reasoner.py` holds it against transformers' Qwen3.
+Owns the shape and the forward pass; `tests/unit/test_training.py` holds it against transformers' Qwen3.
 """
 
 import torch
@@ -9,6 +9,9 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import Qwen3Config
 
 EPSILON = 1e-6
+
+QueriesKeys = tuple[torch.Tensor, torch.Tensor]
+"""A layer's queries and keys before RoPE, fp32 [rows, heads, tokens, head_dim]."""
 
 
 def model_config(vocabulary: int) -> Qwen3Config:
@@ -50,17 +53,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head, size, bias=False)
         self.q_norm, self.k_norm = Norm(self.head), Norm(self.head)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, QueriesKeys]:
         rows, length, _ = x.shape
-        q = _rotate(self.q_norm(self.q_proj(x).view(rows, length, -1, self.head)), cos, sin).transpose(1, 2)
-        k = _rotate(self.k_norm(self.k_proj(x).view(rows, length, -1, self.head)), cos, sin).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x).view(rows, length, -1, self.head)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(rows, length, -1, self.head)).transpose(1, 2)
         v = self.v_proj(x).view(rows, length, -1, self.head).transpose(1, 2)
-        seen = scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True, enable_gqa=True)
-        out: torch.Tensor = self.o_proj(seen.transpose(1, 2).reshape(rows, length, -1))
-        return out
+        rotated_q, rotated_k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        seen = scaled_dot_product_attention(rotated_q, rotated_k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(seen.transpose(1, 2).reshape(rows, length, -1)), (q, k)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     one, other = x.chunk(2, dim=-1)
     return torch.cat((one * cos - other * sin, other * cos + one * sin), dim=-1)
 
@@ -84,9 +87,10 @@ class Layer(nn.Module):
         self.self_attn, self.mlp = Attention(config), Feedforward(config)
         self.input_layernorm, self.post_attention_layernorm = Norm(config.hidden_size), Norm(config.hidden_size)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, QueriesKeys]:
+        seen, read = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + seen
+        return x + self.mlp(self.post_attention_layernorm(x)), read
 
 
 class Network(nn.Module):
@@ -100,12 +104,17 @@ class Network(nn.Module):
         bands = torch.arange(0, config.head_dim, 2) / config.head_dim
         self.frequencies = config.rope_parameters["rope_theta"] ** -bands
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states fp32 [rows, tokens, hidden_size] of ids and positions [rows, tokens]; causal, unpadded."""
-        angles = (positions[..., None] * self.frequencies)[:, :, None]
-        cos, sin = angles.cos(), angles.sin()
-        x = self.embed_tokens(ids)
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, list[QueriesKeys]]:
+        """Hidden states fp32 [rows, tokens, hidden_size] of ids and positions [rows, tokens], and what each layer
+        read by; causal, unpadded."""
+        cos, sin = self.rotation(positions)
+        x, reads = self.embed_tokens(ids), []
         for layer in self.layers:
-            x = layer(x, cos, sin)
-        out: torch.Tensor = self.norm(x)
-        return out
+            x, read = layer(x, cos, sin)
+            reads.append(read)
+        return self.norm(x), reads
+
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """RoPE's cos and sin, fp32 [rows, 1, tokens, bands]."""
+        angles = (positions[..., None] * self.frequencies)[:, None]
+        return angles.cos(), angles.sin()

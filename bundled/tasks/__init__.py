@@ -4,10 +4,10 @@ Owns their text, the seeds that keep held-out instances apart from training, and
 tokenizer and no model. Every word of a task is one token of the bundled tokenizer, and so is the end of a line.
 """
 
-from bundled.reasoner.tasks.chat import CAPABILITY, chat_line, system_line
-from bundled.reasoner.tasks.held_out import LONGEST, TASKS, held_out, instance, reply_tokens
-from bundled.reasoner.tasks.instance import Instance
-from bundled.reasoner.tasks.program import (
+from bundled.tasks.chat import CAPABILITY, chat_line, system_line
+from bundled.tasks.held_out import LONGEST, TASKS, held_out, instance, reply_tokens
+from bundled.tasks.instance import Instance
+from bundled.tasks.program import (
     LONGEST_PROGRAM,
     MOST_ASKED,
     MOST_HOPS,
@@ -17,7 +17,7 @@ from bundled.reasoner.tasks.program import (
     needle,
     registers,
 )
-from bundled.reasoner.tasks.search import FAMILIES, LARGEST_GRAPH, search
+from bundled.tasks.search import FAMILIES, LARGEST_GRAPH, search
 
 __all__ = [
     "CAPABILITY",

@@ -17,7 +17,7 @@ own `new` lines (`0>1`), however long ago.
 
 from random import Random
 
-from bundled.reasoner.tasks.instance import Instance, Line, text, tokens
+from bundled.tasks.instance import Instance, Line, text, tokens
 
 LARGEST_GRAPH = 30
 MOST_STEPS = 2 * LARGEST_GRAPH

@@ -13,11 +13,11 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bundled.reasoner import tasks, tokenizer
+from bundled import tasks, tokenizer
 
 IGNORED = -100
 BATCH_TOKENS = 3_072
-LENGTHS = (96, 192, 384, 768, 1_536, 3_072)
+LENGTHS = (96, 192, 384, 768, 1_536, 2_048)
 FEW_SYMBOLS = (6, 12)
 """Symbols in use at the first levels; all of them later."""
 LONGEST_JUMP = 3_000
@@ -42,10 +42,14 @@ class Curriculum:
         self._newline = tokens.encode("\n", add_special_tokens=False)[0]
 
     def batch(self, number: int, level: int) -> Batch:
-        """Half of the batches have rows of the level's length, the others of shorter ones."""
+        """Most batches have rows of the level's length or of the one before, the others of shorter ones."""
         random = Random(f"training batch {number}")
-        length = LENGTHS[level]
-        if level and random.random() < 0.5:
+        share = random.random()
+        if share < 0.45 or level == 0:
+            length = LENGTHS[level]
+        elif share < 0.75:
+            length = LENGTHS[level - 1]
+        else:
             length = random.choice(LENGTHS[:level])
         rows = [self._row(random, length, level) for _ in range(BATCH_TOKENS // length)]
         ids, positions, labels = (torch.tensor(part) for part in zip(*rows, strict=True))
@@ -106,15 +110,15 @@ class Curriculum:
 def training_instance(random: Random, length: int, level: int) -> tasks.Instance:
     """A task whose conversation has up to about `length` tokens; it may turn out too long."""
     kind = random.random()
-    if kind < 0.4:
-        nodes = random.randint(3, min(tasks.LARGEST_GRAPH, max(4, length // 14)))
+    if kind < 0.45:
+        nodes = random.randint(3, min(tasks.LARGEST_GRAPH, max(4, length // 16)))
         return tasks.search(random, random.choice(tasks.FAMILIES), nodes, random.uniform(0.3, 1.0))
     symbols = tasks.SYMBOLS[: FEW_SYMBOLS[level]] if level < len(FEW_SYMBOLS) else tasks.SYMBOLS
     if random.random() < 0.5:  # many marks
         program = random.randint(1, 2)
     else:
         program = random.randint(1, min(tasks.LONGEST_PROGRAM, max(1, length // 40)))
-    if kind < 0.7:
+    if kind < 0.72:
         per_name = tasks.TOKENS_PER_LINE * program + 13
         room = length - program - 30
         names = max(1, min(len(symbols), int(room / per_name * random.uniform(0.7, 1.0))))

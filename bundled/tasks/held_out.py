@@ -2,9 +2,9 @@
 
 from random import Random
 
-from bundled.reasoner.tasks.instance import Instance
-from bundled.reasoner.tasks.program import LONGEST_PROGRAM, MOST_NAMES, TOKENS_PER_LINE, needle, registers
-from bundled.reasoner.tasks.search import FAMILIES, LARGEST_GRAPH, search
+from bundled.tasks.instance import Instance
+from bundled.tasks.program import LONGEST_PROGRAM, MOST_NAMES, TOKENS_PER_LINE, needle, registers
+from bundled.tasks.search import FAMILIES, LARGEST_GRAPH, search
 
 TASKS = ("search", "registers", "needle")
 LONGEST = 4_000

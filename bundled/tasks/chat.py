@@ -3,8 +3,8 @@
 import string
 from random import Random
 
-from bundled.reasoner.tasks.instance import Instance
-from bundled.reasoner.tasks.program import SYMBOLS
+from bundled.tasks.instance import Instance
+from bundled.tasks.program import SYMBOLS
 
 CAPABILITY = (
     "I am a small demonstration model that searches graphs and runs little programs. "
