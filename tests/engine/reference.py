@@ -16,6 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from triattention.config import CompressionConfig
 
 
+TIE = 2e-6
+"""Scores closer than this are told apart by rounding, which is another one on every kind of CPU."""
+
+
 class DenseReference:
     def __init__(
         self, model: Path, statistics: Path, stored: Callable[[torch.Tensor], torch.Tensor] = lambda numbers: numbers
@@ -142,5 +146,9 @@ class DenseReference:
             for segment in range(config.segments):
                 start, end = segment * old // config.segments, (segment + 1) * old // config.segments
                 share = end * evictions // old - start * evictions // old
-                dropped = start + score[:, start:end].argsort(dim=-1)[:, :share]
+                ascending = score[:, start:end].sort(dim=-1)
+                if 0 < share < end - start:
+                    border = ascending.values[:, share] - ascending.values[:, share - 1]
+                    assert border.min() > TIE, "rounding decides which of two tokens is evicted: take other numbers"
+                dropped = start + ascending.indices[:, :share]
                 visible.scatter_(1, positions.gather(1, dropped), False)

@@ -106,6 +106,10 @@ def truncated_to_fp8(numbers: torch.Tensor) -> torch.Tensor:
     return torch.where(size < 2**-6, (size * 512).floor() / 512, normal).copysign(numbers)
 
 
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM's fp8 cache is for CPUs with AVX-512 or AMX",
+)
 @pytest.mark.parametrize("selection", ["per_head", "per_layer_per_head"])
 def test_an_fp8_cache_equals_the_reference_over_the_same_fp8_numbers(
     engine: EngineFactory,

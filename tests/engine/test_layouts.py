@@ -8,6 +8,8 @@ from triattention import kernels
 from triattention.kernels import HoleFills, LiveRegion, LiveRegions, PagedCache
 from triattention.vllm.layout import CPU_LAYOUTS, FP8, Layout, as_numbers, split_cpu_cache
 
+HAS_AVX512, HAS_AMX = torch.cpu._is_avx512_supported(), torch.cpu._is_amx_tile_supported()
+
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("dtype", ["auto", "fp8_e4m3", "fp8_e5m2"])
@@ -15,6 +17,10 @@ from triattention.vllm.layout import CPU_LAYOUTS, FP8, Layout, as_numbers, split
 def test_gather_reads_what_vllm_stored_and_compaction_moves_whole_tokens(
     layout: Layout, dtype: str, head_dim: int
 ) -> None:
+    if layout.name == "amx" and not HAS_AMX:
+        pytest.skip("vLLM's amx layout is for CPUs with AMX")
+    if dtype in FP8 and not (HAS_AVX512 or HAS_AMX):
+        pytest.skip("vLLM's fp8 cache is for CPUs with AVX-512 or AMX")
     heads, block, blocks = 2, 64, 4
     model_dtype = torch.bfloat16 if layout.name == "amx" else torch.float32
     stored_dtype = torch.uint8 if dtype in FP8 else model_dtype

@@ -49,7 +49,7 @@ def test_greedy_tokens_equal_the_reference(
         sizes.pop("head_dim")
     model_config = getattr(transformers, f"{family}Config")(**sizes)
     model, statistics = save_tiny_model(model_config, tmp_path / "model"), tmp_path / "statistics.safetensors"
-    random_statistics(model_config).save(statistics)
+    random_statistics(model_config, seed=1).save(statistics)
     config = CompressionConfig(budget=96, interval=64, window=16, statistics=statistics)
     llm = engine(config, model=model)
     ours = generate(llm, prompts[:2], TOKENS)
