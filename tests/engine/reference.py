@@ -15,7 +15,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from triattention.config import CompressionConfig
 
-
 TIE = 2e-6
 """Scores closer than this are told apart by rounding, which is another one on every kind of CPU."""
 
