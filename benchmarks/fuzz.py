@@ -90,8 +90,7 @@ async def _send(http: httpx.AsyncClient, path: str, body: bytes, leaves: bool) -
     request = http.post(path, content=body, headers={"content-type": "application/json"})
     try:
         if leaves:
-            async with asyncio.timeout(LEAVES_SECONDS):
-                await request
+            await asyncio.wait_for(request, LEAVES_SECONDS)
             return "left", ""
         answer = await request
         return str(answer.status_code), answer.text

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from benchmarks/results/*.json: `python -m benchmarks.tables`.
+"""Writes the tables of docs/*.md from benchmarks/results/*.json: `python -m benchmarks.tables`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a result file that is missing leaves its table as it is.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -121,15 +121,37 @@ def _cell(cell: dict[str, Any] | None) -> str:
     return f"**{cell['ratio']:.2f}** ({speeds}; {ours['preemptions']} and {plain['preemptions']} preempted)"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "engine": engine,
-    "engine-bundled": engine,
-    "sweep": sweep,
-    "http": http,
-    "router": router,
-    "compaction": compaction,
-    "trace": trace,
-    "start": start,
+def quality(figures: dict[str, Any]) -> str:
+    tasks = list(figures["full_attention"])
+    cells = {(cell["policy"], cell["budget"], cell["task"]): cell for cell in figures["cells"]}
+    rows = []
+    for policy, budget in dict.fromkeys((policy, budget) for policy, budget, _ in cells):
+        of_tasks = [cells[policy, budget, task] for task in tasks]
+        low, high = (round(end(cell["reduction"] for cell in of_tasks), 1) for end in (min, max))
+        rows.append(
+            [
+                policy,
+                "" if budget is None else f"{budget}",
+                *(f"{cell['accuracy']:.1%} ({cell['ci_low']:.0%} to {cell['ci_high']:.0%})" for cell in of_tasks),
+                f"{low:.1f}" if low == high else f"{low:.1f} to {high:.1f}",
+            ]
+        )
+    return table(("policy", "budget", *tasks, "fewer peak blocks"), rows)
+
+
+Tables = dict[str, Callable[[dict[str, Any]], str]]
+PAGES: dict[Path, Tables] = {
+    DOCS / "performance.md": {
+        "engine": engine,
+        "engine-bundled": engine,
+        "sweep": sweep,
+        "http": http,
+        "router": router,
+        "compaction": compaction,
+        "trace": trace,
+        "start": start,
+    },
+    DOCS / "quality.md": {"quality": quality},
 }
 
 
@@ -141,9 +163,9 @@ def machine_of(figures: dict[str, Any]) -> str:
     return "; ".join(part for part in about if part)
 
 
-def renewed(page: str, results: Path = RESULTS) -> str:
+def renewed(page: str, tables: Tables, results: Path = RESULTS) -> str:
     """The page with every table that has a result file made anew. Raises ValueError where its markers are missing."""
-    for name, render in TABLES.items():
+    for name, render in tables.items():
         file = results / f"{name}.json"
         if not file.exists():
             continue
@@ -161,4 +183,5 @@ def renewed(page: str, results: Path = RESULTS) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(renewed(PAGE.read_text()))
+    for path, tables in PAGES.items():
+        path.write_text(renewed(path.read_text(), tables))

@@ -21,6 +21,8 @@ LENGTHS = (96, 192, 384, 768, 1_536, 2_048)
 FEW_SYMBOLS = (6, 12)
 """Symbols in use at the first levels; all of them later."""
 LONGEST_JUMP = 3_000
+TRAINED_FAMILIES = (4, 1, 1)
+"""How often each of the tasks' FAMILIES is trained on."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Curriculum:
         """Most batches have rows of the level's length or of the one before, the others of shorter ones."""
         random = Random(f"training batch {number}")
         share = random.random()
-        if share < 0.45 or level == 0:
+        if share < 0.3 or level == 0:
             length = LENGTHS[level]
         elif share < 0.75:
             length = LENGTHS[level - 1]
@@ -110,20 +112,23 @@ class Curriculum:
 def training_instance(random: Random, length: int, level: int) -> tasks.Instance:
     """A task whose conversation has up to about `length` tokens; it may turn out too long."""
     kind = random.random()
-    if kind < 0.45:
-        nodes = random.randint(3, min(tasks.LARGEST_GRAPH, max(4, length // 16)))
-        return tasks.search(random, random.choice(tasks.FAMILIES), nodes, random.uniform(0.3, 1.0))
+    if kind < 0.6:
+        # Most of what can be an edge is one in a large tree alone, and a word that is never trained on is never said.
+        most = min(tasks.LARGEST_GRAPH, max(4, length // 16))
+        nodes = max(random.randint(3, most), random.randint(3, most))
+        (family,) = random.choices(tasks.FAMILIES, TRAINED_FAMILIES)
+        return tasks.search(random, family, nodes, random.uniform(0.3, 1.0))
     symbols = tasks.SYMBOLS[: FEW_SYMBOLS[level]] if level < len(FEW_SYMBOLS) else tasks.SYMBOLS
     if random.random() < 0.5:  # many marks
         program = random.randint(1, 2)
     else:
         program = random.randint(1, min(tasks.LONGEST_PROGRAM, max(1, length // 40)))
-    if kind < 0.72:
+    if kind < 0.8:
         per_name = tasks.TOKENS_PER_LINE * program + 13
         room = length - program - 30
         names = max(1, min(len(symbols), int(room / per_name * random.uniform(0.7, 1.0))))
         return tasks.registers(random, names, program, random.randint(1, tasks.MOST_ASKED), symbols)
-    others = random.randint(0, 2)
+    others = random.randint(0, 1)
     hops = random.randint(1, min(tasks.MOST_HOPS, len(symbols) // (1 + others) - 1))
     room = length - program - 30 - (2 + others) * (hops + 1)
     per_name = tasks.TOKENS_PER_LINE * program + 13

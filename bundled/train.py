@@ -2,7 +2,8 @@
 
 Owns the optimisers, the checkpoint and the log. Batch number i depends on i and on the level, which the checkpoint
 keeps, so a run that was stopped goes on exactly where it was: run the same command again. The exported model is the
-average of the last weights (exponential, in bf16), renewed as the run goes.
+average of the last weights (exponential, in bf16), renewed as the run goes. `--start-from` takes the weights of a model
+that was exported before, whose words may have been others: what it learned of lookups need not be learned again.
 """
 
 import argparse
@@ -13,13 +14,14 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from bundled import tokenizer
 from bundled.curriculum import IGNORED, LENGTHS, Batch, Curriculum
 from bundled.expected import unforeseen_reads
+from bundled.muon import Muon
 from bundled.network import Network, model_config
 
 STEPS = 7_500
@@ -34,6 +36,12 @@ NORM_RATE = 1e-2
 FIRST_QK_NORM = 1.5
 """First weights of query and key norms: at 1, the sharpest attention possible is still blurred over 100 tokens."""
 EMBEDDING_SPREAD = 0.05
+END_WEIGHT = 5.0
+"""Weight in the loss of the words of a search's last lines (`2^1`, `=2`): one in a hundred, and all must be right."""
+WARM_RATE = 0.4
+"""Share of the learning rates for a run that starts from weights."""
+WARM_LEVEL = 2
+"""Level at which it starts."""
 FORESEE_EVERY = 3
 """Steps between two batches whose loss holds `unforeseen_reads`."""
 FORESEE_FROM = 384
@@ -104,7 +112,7 @@ class Kinds:
 class Trainer:
     """Network, optimisers and averaged weights of a run, and their checkpoint."""
 
-    def __init__(self, tokens: PreTrainedTokenizerFast, compile: bool) -> None:
+    def __init__(self, tokens: PreTrainedTokenizerFast, compile: bool, start_from: Path | None = None) -> None:
         torch.manual_seed(0)
         self.config = model_config(len(tokens))
         self.network = Network(self.config)
@@ -113,17 +121,38 @@ class Trainer:
             for name, weight in self.network.named_parameters():
                 if "q_norm" in name or "k_norm" in name:
                     weight.fill_(FIRST_QK_NORM)
+            if start_from:
+                self._take(start_from, tokens)
         self.forward = torch.compile(self.network, dynamic=True) if compile else self.network
         self.average = {name: weight.detach().clone() for name, weight in self.network.state_dict().items()}
         matrices = [weight for weight in self.network.layers.parameters() if weight.ndim == 2]
         norms = [weight for weight in self.network.parameters() if weight.ndim == 1]
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0),
+            Muon(matrices, MATRIX_RATE),
             torch.optim.AdamW([self.network.embed_tokens.weight], betas=(0.9, 0.98), weight_decay=0.01),
             torch.optim.AdamW(norms, betas=(0.9, 0.98), weight_decay=0.0),
         ]
+        self.weights = torch.ones(len(tokens))
+        for word, row in tokens.get_vocab().items():
+            if re.fullmatch(r"Ġ(\d+\^\d+|=\d+)", word):
+                self.weights[row] = END_WEIGHT
         self.step, self.seconds = 0, 0.0
-        self.level, self.wrong, self.unforeseen = 0, 1.0, 2.0
+        self.level, self.wrong, self.unforeseen = WARM_LEVEL if start_from else 0, 1.0, 2.0
+
+    def _take(self, folder: Path, tokens: PreTrainedTokenizerFast) -> None:
+        """Takes the weights of an exported model; a word that it did not know keeps its composed embedding, at the size
+        of the ones that it knew."""
+        weights = {
+            name.removeprefix("model."): weight.float()
+            for name, weight in load_file(folder / "model.safetensors").items()
+        }
+        known, theirs = AutoTokenizer.from_pretrained(folder).get_vocab(), weights.pop("embed_tokens.weight")
+        ours = self.network.embed_tokens.weight
+        ours *= theirs.norm(dim=-1).median() / ours.norm(dim=-1).median()
+        for word, row in tokens.get_vocab().items():
+            if word in known:
+                ours[row] = theirs[known[word]]
+        self.network.load_state_dict({**weights, "embed_tokens.weight": ours})
 
     def train(self, batch: Batch, rate: float, kinds: Kinds | None) -> float:
         """One step at `rate` times the learning rates; the mean loss in nats per trained token.
@@ -136,7 +165,7 @@ class Trainer:
             targets = batch.labels[:, 1:]
             trained = targets != IGNORED
             logits = torch.nn.functional.linear(hidden[:, :-1][trained], self.network.embed_tokens.weight)
-        loss = cross_entropy(logits.float(), targets[trained])
+        loss = cross_entropy(logits.float(), targets[trained], self.weights)
         wrong = logits.argmax(dim=-1) != targets[trained]
         if kinds is not None:
             kinds.add(batch.ids[:, :-1][trained], targets[trained], wrong)
@@ -190,11 +219,14 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50, 0.02 + 2.45 * (1 - step / steps))
 
 
-def train(minutes: float, steps: int, out: Path, checkpoint: Path, compile: bool) -> None:
+def train(
+    minutes: float, steps: int, out: Path, checkpoint: Path, compile: bool, threads: int, start_from: Path | None
+) -> None:
     """Trains until `steps` are done or `minutes` are over; resumes from `checkpoint` where it exists."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     tokens = tokenizer.build()
-    trainer = Trainer(tokens, compile)
+    trainer = Trainer(tokens, compile, start_from)
+    full = WARM_RATE if start_from else 1.0
     if checkpoint.exists():
         trainer.load(checkpoint)
     curriculum, kinds = Curriculum(tokens), Kinds(tokens)
@@ -204,7 +236,7 @@ def train(minutes: float, steps: int, out: Path, checkpoint: Path, compile: bool
     while trainer.step < steps:
         look = trainer.step % 5 == 0
         batch = curriculum.batch(trainer.step, trainer.level)
-        recent.append(trainer.train(batch, rate(trainer.step, steps), kinds if look else None))
+        recent.append(trainer.train(batch, full * rate(trainer.step, steps), kinds if look else None))
         now = time.monotonic()
         trainer.seconds = before + now - start
         over = now - start > 60 * minutes or trainer.step == steps
@@ -237,10 +269,20 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, default=Path("build/bundled.pt"), help="what a later run resumes from"
     )
+    parser.add_argument("--start-from", type=Path, help="folder of an exported model whose weights to start from")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
     arguments = parser.parse_args()
     arguments.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    train(arguments.minutes, arguments.steps, arguments.out, arguments.checkpoint, not arguments.no_compile)
+    train(
+        arguments.minutes,
+        arguments.steps,
+        arguments.out,
+        arguments.checkpoint,
+        not arguments.no_compile,
+        arguments.threads,
+        arguments.start_from,
+    )
 
 
 if __name__ == "__main__":

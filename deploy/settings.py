@@ -51,7 +51,9 @@ class _Settings(BaseModel):
 class EngineSettings(_Settings):
     """One vLLM engine. Names follow `vllm.AsyncEngineArgs`; sizes in tokens, blocks or bytes as named."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: the model's own, but float32 on a CPU without instructions for bf16"
+    )
     max_model_len: int = Field(default=8192, ge=1, description="tokens, prompt and output")
     block_size: int | None = Field(default=None, ge=1, description="tokens per KV block; None: vLLM's default")
     num_gpu_blocks: int | None = Field(

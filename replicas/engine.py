@@ -22,7 +22,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from triattention.report import REPORT_KEY
-from triattention.vllm import engine_arguments
+from triattention.vllm import engine_arguments, on_this_machine
 
 __all__ = ["Engine"]
 
@@ -70,7 +70,7 @@ class Engine:
         `listener` is called after every engine step, `on_end` with the request id and the mean seconds per output
         token of every sequence that ends. Raises ValueError for an argument that vLLM has not.
         """
-        args = _serve_arguments({**arguments, **engine_arguments(compression)})
+        args = _serve_arguments({**on_this_machine(arguments), **engine_arguments(compression)})
 
         def tap(config: VllmConfig, index: int) -> StatLoggerBase:
             return _ReportTap(listener, on_end)

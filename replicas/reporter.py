@@ -99,10 +99,8 @@ class Reporter:
     async def run(self) -> None:
         """Report until cancelled."""
         while True:
-            # Not wait_for: in Python 3.11 it forgets a cancellation that comes together with a change.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._heartbeat_seconds):
-                    await self._changed.wait()
+                await asyncio.wait_for(self._changed.wait(), self._heartbeat_seconds)
             self._changed.clear()
             await self._report()
             await asyncio.sleep(SHORTEST_INTERVAL_SECONDS)
@@ -138,8 +136,7 @@ class Reporter:
         if report is None:
             return
         try:
-            async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
-                await self._send(report)
+            await asyncio.wait_for(self._send(report), SEND_TIMEOUT_SECONDS)
         except Exception as error:
             # Mostly the coordinator is away: requests still flow, and what ended is told again when it is back.
             if self._reachable:

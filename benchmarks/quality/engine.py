@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.problems import TOKENS_BEYOND_REPLY, Problem
 from triattention.config import CompressionConfig
-from triattention.vllm import engine_arguments
+from triattention.vllm import engine_arguments, on_this_machine
 
 BLOCK_SIZE = 32
 """Tokens; the smallest of the CPU backend (its default is 128): reductions are of peaks in whole blocks."""
@@ -54,7 +54,7 @@ def run(
     """
     from vllm import LLM, SamplingParams
 
-    arguments: dict[str, Any] = engine_arguments(compression)
+    arguments: dict[str, Any] = {**on_this_machine({}), **engine_arguments(compression)}
     llm = LLM(
         str(model),
         block_size=BLOCK_SIZE,

@@ -3,7 +3,7 @@
 from random import Random
 
 from bundled.tasks.instance import Instance
-from bundled.tasks.program import LONGEST_PROGRAM, MOST_NAMES, TOKENS_PER_LINE, needle, registers
+from bundled.tasks.program import LONGEST_PROGRAM, MOST_HOPS, MOST_NAMES, TOKENS_PER_LINE, needle, registers
 from bundled.tasks.search import FAMILIES, LARGEST_GRAPH, search
 
 TASKS = ("search", "registers", "needle")
@@ -24,8 +24,8 @@ def held_out(task: str, seed: int, low: int, high: int) -> Instance:
 def instance(series: str, task: str, seed: int, low: int, high: int) -> Instance:
     """Instance number `seed` of a task in a series of its own, with a reply of `low` to `high` tokens.
 
-    A search of the largest trees takes about 600 tokens, of the largest small-world graphs 950 and of random ones
-    1,800: the family is one that can come that far, and by turns where several can.
+    A search of the largest trees takes about 1,100 tokens, of the largest small-world graphs 1,700 and of random ones
+    3,200: the family is one that can come that far, and by turns where several can.
     """
     assert low <= high <= LONGEST
     random = Random(f"{series} {task} {seed}")
@@ -40,17 +40,17 @@ def instance(series: str, task: str, seed: int, low: int, high: int) -> Instance
         if task == "registers":
             made = registers(random, names, program)
         else:
-            made = needle(random, names, program, hops=random.randint(2, 4))
+            made = needle(random, names, program, hops=random.randint(MOST_HOPS - 1, MOST_HOPS))
         if low <= reply_tokens(made) <= high:
             return made
 
 
 def _search(random: Random, seed: int, low: int, high: int) -> Instance:
-    longest = {"tree": 500, "small_world": 800, "random": 1_500}
+    longest = {"tree": 1_000, "small_world": 1_500, "random": 2_700}
     families = [family for family in FAMILIES if low <= longest[family]] or [FAMILIES[-1]]
     family = families[seed % len(families)]
     while True:
-        nodes = random.randint(4 if high < 400 else 10, LARGEST_GRAPH)
+        nodes = random.randint(3 if high < 500 else 10, LARGEST_GRAPH)
         made = search(random, family, nodes, random.uniform(0.5, 0.98))
         if low <= reply_tokens(made) <= high:
             return made

@@ -29,12 +29,12 @@ from random import Random
 from bundled.tasks.instance import Instance, Line, text, tokens
 
 REGISTERS = "cba"
-LONGEST_PROGRAM = 24
+LONGEST_PROGRAM = 20
 TOKENS_PER_LINE = 8
 SYMBOLS: tuple[str, ...] = tuple(consonant + vowel for consonant in "kmprz" for vowel in "aiou")
 MOST_NAMES = len(SYMBOLS)
-MOST_HOPS = 5
-MOST_ASKED = 4
+MOST_HOPS = 6
+MOST_ASKED = 3
 INSTRUCTIONS: tuple[str, ...] = (
     *(f"{to}+{source}" for to in REGISTERS for source in REGISTERS if to != source),
     *(f"{to}+{number}" for to in REGISTERS for number in range(1, 5)),
@@ -61,7 +61,7 @@ def registers(
 
 
 def needle(
-    random: Random, names: int, program: int, hops: int, others: int = 2, symbols: tuple[str, ...] = SYMBOLS
+    random: Random, names: int, program: int, hops: int, others: int = 1, symbols: tuple[str, ...] = SYMBOLS
 ) -> Instance:
     """A code found by following `hops` arrows among those of `others` chains, then a haystack of `names` runs.
 

@@ -1,18 +1,18 @@
 """Recursive state query: depth-first search of an undirected graph, and its exact stack after k steps.
 
     user:       Search: 0: 0-1 0-2 /0 1: 1-0 /1 2: 2-0 /2 list 2? steps 4
-    assistant:   0: visit 3                      the search starts at node 0; 3 steps are left
-                 0: 0-1 1? new 0>1 2             after `0:` comes edge 0-1, which leads to node 1, which is new
-                 1: 1-0 0? seen 2
-                 1-0 /1 back 0-1 1               no edge of node 1 is left: back over the edge by which it was entered
-                 0-1 0-2 2? new 0>2 0            after edge 0-1 comes 0-2
-                 up ^2 ^0                        from the current node to the root
-                 stack =0 =2                     the answer
-                 list 2? seen 1? seen 0? seen
+    assistant:   0? top>0 at 0 depth 1 left 3              the search starts at node 0; 3 steps are left
+                 0: 0-1 1? new 0>1 at 1 depth 2 left 2     after `0:` comes edge 0-1, which leads to node 1, a new one
+                 1: 1-0 0? top>0 at 1 depth 2 left 2       node 0 was entered before
+                 1-0 /1 back 1? 0>1 at 0 depth 1 left 1    no edge of node 1 is left: back to where it was entered from
+                 0-1 0-2 2? new 0>2 at 2 depth 2 left 0    after edge 0-1 comes 0-2
+                 up 2? 0>2 0^2 0? top>0                    from the current node to the root
+                 stack =0 =2                               the answer
+                 list 2? 0>2 1? 0>1 0? top>0
 
 (The notes are not part of the reply.) Neighbours are taken in ascending order. A line starts with what the next entry
-of the prompt's row comes after. Whether a node was seen, and where a node was entered from, stands only in the reply's
-own `new` lines (`0>1`), however long ago.
+of the prompt's row comes after. Whether and from where a node was entered stands only in the reply itself, in the line
+that entered it and where it was asked since, however long ago.
 """
 
 from random import Random
@@ -89,8 +89,12 @@ def _solve(graph: Graph, steps: int) -> Instance:
     )
     prompt = f"Search: {rows} list {last}? steps {steps}"
     left = steps - 1
-    lines: list[Line] = [["0:", "visit", str(left)]]
-    stack, entered_at = [0], {0: 0}
+    stack, entries, entered_at = [0], {0: "top>0"}, {0: 1}
+
+    def state() -> Line:
+        return ["at", str(stack[-1]), "depth", str(len(stack)), "left", str(left)]
+
+    lines: list[Line] = [["0?", entries[0], *state()]]
     anchor = "0:"
     while left:
         here = stack[-1]
@@ -98,39 +102,39 @@ def _solve(graph: Graph, steps: int) -> Instance:
             edge = f"{here}-{other}"
             if anchor != f"{here}:" and other <= int(anchor.split("-")[1]):
                 continue
-            if other in entered_at:
-                lines.append([anchor, edge, f"{other}?", "seen", str(left)])
+            if other in entries:
+                lines.append([anchor, edge, f"{other}?", entries[other], *state()])
                 anchor = edge
                 continue
             left -= 1
-            entered_at[other] = tokens(lines) + 4
+            entries[other], entered_at[other] = f"{here}>{other}", tokens(lines) + 4
             stack.append(other)
-            lines.append([anchor, edge, f"{other}?", "new", f"{here}>{other}", str(left)])
+            lines.append([anchor, edge, f"{other}?", "new", entries[other], *state()])
             anchor = f"{other}:"
             break
         else:
             left -= 1
             stack.pop()
-            entry = f"{stack[-1]}-{here}"
-            lines.append([anchor, f"/{here}", "back", entry, str(left)])
-            anchor = entry
+            lines.append([anchor, f"/{here}", "back", f"{here}?", entries[here], *state()])
+            anchor = f"{stack[-1]}-{here}"
     answer = ["stack", *(f"={node}" for node in stack)]
     length = tokens(lines)
     reach = length - min((entered_at[node] for node in stack[1:]), default=length)
-    lines.append(["up", *(f"^{node}" for node in reversed(stack))])
-    lines.append(answer)
-    lines.append(["list"])
+    up = ["up"]
+    for below, node in zip([None, *reversed(stack)], reversed(stack), strict=False):
+        up += [*([] if below is None else [f"{node}^{below}"]), f"{node}?", entries[node]]
+    listed = ["list"]
     for node in range(last, -1, -1):
-        lines[-1] += [f"{node}?", "seen" if node in entered_at else "new"]
-    return Instance(prompt, text(lines), " ".join(answer), reach)
+        listed += [f"{node}?", entries.get(node, "new")]
+    return Instance(prompt, text([*lines, up, answer, listed]), " ".join(answer), reach)
 
 
 def words() -> list[str]:
     """Every word that a search may hold, each a token."""
     numbers = range(LARGEST_GRAPH)
     return [
-        *("Search:", "list", "steps", "visit", "seen", "new", "back", "up", "stack"),
-        *(form.format(n) for form in ("{}:", "/{}", "{}?", "^{}", "={}") for n in numbers),
+        *("Search:", "list", "steps", "new", "back", "up", "stack", "at", "depth", "left", "top>0"),
+        *(form.format(n) for form in ("{}:", "/{}", "{}?", "={}") for n in numbers),
         *map(str, range(MOST_STEPS + 1)),
-        *(f"{one}{sign}{other}" for sign in "->" for one in numbers for other in numbers if one != other),
+        *(f"{one}{sign}{other}" for sign in "->^" for one in numbers for other in numbers if one != other),
     ]

@@ -1,6 +1,5 @@
 """One fleet for all tests of this folder: `trifleet up` in a process of its own, as a person starts it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-import bundled
 from deploy.haproxy import free_ports
 
 MODEL = "tiny-reasoner"
@@ -72,14 +70,6 @@ class RunningFleet:
         return self.process.wait(STOP_SECONDS)
 
 
-def bytes_per_block(tokens: int) -> int:
-    """Keys and values of one KV block of the bundled model, over all layers."""
-    config = json.loads((bundled.MODEL / "config.json").read_text())
-    bytes_per_value = {"float32": 4, "bfloat16": 2, "float16": 2}[config["dtype"]]
-    values = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"]
-    return tokens * values * bytes_per_value
-
-
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     (port,) = free_ports(1)
@@ -92,7 +82,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
         "engine": {
             "max_model_len": MAX_MODEL_LEN,
             "block_size": 32,
-            "kv_cache_memory_bytes": BLOCKS * bytes_per_block(32),
+            "num_gpu_blocks": BLOCKS,
             "max_num_seqs": 8,
             "extra": {"enforce_eager": True},
         },

@@ -10,7 +10,12 @@ import signal
 import threading
 from typing import Any
 
+import torch
+
 from triattention.config import CompressionConfig
+
+_NOT_ALLOCATED = 1 << 28
+"""Bytes of KV memory named beside a number of blocks, which is what counts then."""
 
 
 def register() -> None:
@@ -44,3 +49,22 @@ def engine_arguments(config: CompressionConfig | None) -> dict[str, Any]:
         arguments["worker_cls"] = "triattention.vllm.worker.CompactionWorker"
         arguments["additional_config"]["triattention"] = config.model_dump(mode="json")
     return arguments
+
+
+def on_this_machine(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` of vLLM's `EngineArgs`, with what a CPU asks for where they leave it open.
+
+    Dtype `auto` is vLLM's, the model's own, but float32 on a CPU that only emulates bf16: matrix products take some
+    twenty times as long in it there. Where the number of KV blocks is given, vLLM does not size up the memory: a second
+    engine would be refused for what the first one has taken.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return arguments
+    own: dict[str, Any] = {}
+    if arguments.get("dtype", "auto") == "auto" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        own["dtype"] = "float32"
+    if "num_gpu_blocks_override" in arguments:
+        own["kv_cache_memory_bytes"] = arguments.get("kv_cache_memory_bytes") or _NOT_ALLOCATED
+    return {**arguments, **own}

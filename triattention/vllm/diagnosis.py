@@ -30,7 +30,7 @@ from triattention.bounds import blocks_bound, cdiv
 from triattention.config import CompressionConfig
 from triattention.rope import RopeParameters
 from triattention.statistics import QueryStatistics
-from triattention.vllm import engine_arguments
+from triattention.vllm import engine_arguments, on_this_machine
 from triattention.vllm.kv_manager import CompactedAttentionSpec
 from triattention.vllm.self_calibration import statistics_path
 from triattention.vllm.support import check_policy, refusals
@@ -81,6 +81,7 @@ def diagnose(
     vLLM's default, most of the machine's memory, says little about the model.
     """
     diagnosis = Diagnosis()
+    arguments = on_this_machine(arguments)
     if assume_memory and current_platform.is_cpu():
         arguments = {**arguments, "kv_cache_memory_bytes": psutil.virtual_memory().available // 2}
     with suppress(_Refused):

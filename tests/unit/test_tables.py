@@ -1,17 +1,21 @@
-"""The tables of docs/performance.md are those of the result files."""
+"""The tables of the pages are those of the result files."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import PAGE, TABLES, renewed
+from benchmarks.tables import DOCS, PAGES, renewed
+
+PAGE = DOCS / "performance.md"
+TABLES = PAGES[PAGE]
 
 
-def test_the_page_shows_the_result_files_as_they_are() -> None:
-    page = PAGE.read_text()
-    assert renewed(page) == page, "run `python -m benchmarks.tables`"
-    for name in TABLES:
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_shows_the_result_files_as_they_are(path: Path) -> None:
+    page = path.read_text()
+    assert renewed(page, PAGES[path]) == page, "run `python -m benchmarks.tables`"
+    for name in PAGES[path]:
         assert f"<!-- {name} -->" in page
 
 
@@ -19,7 +23,7 @@ def test_a_new_result_changes_its_own_table_alone(tmp_path: Path) -> None:
     page = PAGE.read_text()
     parts = {"Ray": 4.56, "engines": 12.3}
     (tmp_path / "start.json").write_text(json.dumps({"cores": 3, "vllm": "1.2", "seconds": 16.9, "parts": parts}))
-    after = renewed(page, tmp_path)
+    after = renewed(page, TABLES, tmp_path)
     before_table, table = after.split("<!-- start -->\n")[0], after.split("<!-- start -->\n")[1].split("<!--")[0]
     assert table.splitlines() == [
         "| part | seconds |",
@@ -37,4 +41,4 @@ def test_a_new_result_changes_its_own_table_alone(tmp_path: Path) -> None:
 def test_a_page_without_the_place_for_a_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "engine.json").write_text("{}")
     with pytest.raises(ValueError, match="<!-- engine -->"):
-        renewed("# Performance", tmp_path)
+        renewed("# Performance", TABLES, tmp_path)
