@@ -2,27 +2,28 @@
 
 Owns the optimisers, the checkpoint and the log. Batch number i depends on i and on the level, which the checkpoint
 keeps, so a run that was stopped goes on exactly where it was: run the same command again. The exported model is the
-average of the last weights (exponential, in bf16), renewed as the run goes. `--start-from` takes the weights of a model
-that was exported before, whose words may have been others: what it learned of lookups need not be learned again.
+average of the last weights (exponential, in bf16), renewed as the run goes.
 """
 
 import argparse
 import json
 import re
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
+from torch.nn.utils.parametrize import register_parametrization
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from bundled import tokenizer
 from bundled.curriculum import IGNORED, LENGTHS, Batch, Curriculum
 from bundled.expected import unforeseen_reads
 from bundled.muon import Muon
 from bundled.network import Network, model_config
+from bundled.words import Words, form
 
 STEPS = 7_500
 MASTERED = 0.015
@@ -35,42 +36,15 @@ NORM_RATE = 1e-2
 """Of norms, by AdamW: a lookup among many candidates needs large query and key norms."""
 FIRST_QK_NORM = 1.5
 """First weights of query and key norms: at 1, the sharpest attention possible is still blurred over 100 tokens."""
-EMBEDDING_SPREAD = 0.05
 END_WEIGHT = 5.0
 """Weight in the loss of the words of a search's last lines (`2^1`, `=2`): one in a hundred, and all must be right."""
-WARM_RATE = 0.4
-"""Share of the learning rates for a run that starts from weights."""
-WARM_LEVEL = 2
-"""Level at which it starts."""
+VECTORS = "embed_tokens.parametrizations.weight.original"
+"""Torch's name for what the embeddings are made of."""
 FORESEE_EVERY = 3
 """Steps between two batches whose loss holds `unforeseen_reads`."""
 FORESEE_FROM = 384
 """Tokens of a row from which on it does: a shorter one has hardly an old line."""
 FORESEE_WEIGHT = 0.05
-
-
-def composed_embeddings(tokens: PreTrainedTokenizerFast, size: int) -> torch.Tensor:
-    """First embeddings, fp32 [vocabulary, size]: a word starts as the sum of its parts' random vectors.
-
-    ` 3-7` is made of its form ` N-N`, of 3 as a first number and of 7 as a second one; so whatever is learned of node
-    7 in one role starts out true of the others.
-    """
-    generator = torch.Generator().manual_seed(1)
-    vectors: defaultdict[str, torch.Tensor] = defaultdict(lambda: torch.randn(size, generator=generator))
-    table = torch.randn(len(tokens), size, generator=generator)
-    for word in tokenizer.words():
-        parts = re.findall(r"\d+|(?<![a-z])[kmprz][aiou](?![a-z])", word)
-        if parts:
-            form = _form(word)
-            vector = vectors[form] + vectors[parts[-1]]
-            if len(parts) == 2:
-                vector = vector + vectors[parts[0]].roll(1)
-            table[tokens.encode(word, add_special_tokens=False)[0]] = vector / (len(parts) + 1) ** 0.5
-    return EMBEDDING_SPREAD * table
-
-
-def _form(word: str) -> str:
-    return re.sub(r"(?<![a-z])[kmprz][aiou](?![a-z])", "S", re.sub(r"\d+", "N", word)).strip(" ")
 
 
 def export(weights: dict[str, torch.Tensor], config: Qwen3Config, out: Path) -> None:
@@ -91,7 +65,7 @@ class Kinds:
     """Errors by kind of token: what stands before it and what it is, numbers and symbols left out."""
 
     def __init__(self, tokens: PreTrainedTokenizerFast) -> None:
-        self._forms = [_form(tokens.decode([number])) or "\\n" for number in range(len(tokens))]
+        self._forms = [form(tokens.decode([number])) or "\\n" for number in range(len(tokens))]
         self._seen: Counter[str] = Counter()
         self._wrong: Counter[str] = Counter()
 
@@ -112,24 +86,24 @@ class Kinds:
 class Trainer:
     """Network, optimisers and averaged weights of a run, and their checkpoint."""
 
-    def __init__(self, tokens: PreTrainedTokenizerFast, compile: bool, start_from: Path | None = None) -> None:
+    def __init__(self, tokens: PreTrainedTokenizerFast, compile: bool) -> None:
         torch.manual_seed(0)
         self.config = model_config(len(tokens))
-        self.network = Network(self.config)
+        self.network, self.words = Network(self.config), Words(tokens)
         with torch.no_grad():
-            self.network.embed_tokens.weight.copy_(composed_embeddings(tokens, self.config.hidden_size))
+            register_parametrization(self.network.embed_tokens, "weight", self.words, unsafe=True)
+            vectors = self.network.get_parameter(VECTORS)
+            vectors.copy_(self.words.first_vectors(self.config.hidden_size))
             for name, weight in self.network.named_parameters():
                 if "q_norm" in name or "k_norm" in name:
                     weight.fill_(FIRST_QK_NORM)
-            if start_from:
-                self._take(start_from, tokens)
         self.forward = torch.compile(self.network, dynamic=True) if compile else self.network
         self.average = {name: weight.detach().clone() for name, weight in self.network.state_dict().items()}
         matrices = [weight for weight in self.network.layers.parameters() if weight.ndim == 2]
         norms = [weight for weight in self.network.parameters() if weight.ndim == 1]
         self.optimizers = [
             Muon(matrices, MATRIX_RATE),
-            torch.optim.AdamW([self.network.embed_tokens.weight], betas=(0.9, 0.98), weight_decay=0.01),
+            torch.optim.AdamW([vectors], betas=(0.9, 0.98), weight_decay=0.01),
             torch.optim.AdamW(norms, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.weights = torch.ones(len(tokens))
@@ -137,22 +111,7 @@ class Trainer:
             if re.fullmatch(r"Ġ(\d+\^\d+|=\d+)", word):
                 self.weights[row] = END_WEIGHT
         self.step, self.seconds = 0, 0.0
-        self.level, self.wrong, self.unforeseen = WARM_LEVEL if start_from else 0, 1.0, 2.0
-
-    def _take(self, folder: Path, tokens: PreTrainedTokenizerFast) -> None:
-        """Takes the weights of an exported model; a word that it did not know keeps its composed embedding, at the size
-        of the ones that it knew."""
-        weights = {
-            name.removeprefix("model."): weight.float()
-            for name, weight in load_file(folder / "model.safetensors").items()
-        }
-        known, theirs = AutoTokenizer.from_pretrained(folder).get_vocab(), weights.pop("embed_tokens.weight")
-        ours = self.network.embed_tokens.weight
-        ours *= theirs.norm(dim=-1).median() / ours.norm(dim=-1).median()
-        for word, row in tokens.get_vocab().items():
-            if word in known:
-                ours[row] = theirs[known[word]]
-        self.network.load_state_dict({**weights, "embed_tokens.weight": ours})
+        self.level, self.wrong, self.unforeseen = 0, 1.0, 2.0
 
     def train(self, batch: Batch, rate: float, kinds: Kinds | None) -> float:
         """One step at `rate` times the learning rates; the mean loss in nats per trained token.
@@ -190,6 +149,12 @@ class Trainer:
         self.step += 1
         return loss.item()
 
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The averaged weights, under Qwen3's names."""
+        weights = dict(self.average)
+        vectors = weights.pop(VECTORS)
+        return weights | {"embed_tokens.weight": self.words(vectors)}
+
     def save(self, checkpoint: Path) -> None:
         state = {
             "model": self.network.state_dict(),
@@ -219,14 +184,11 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50, 0.02 + 2.45 * (1 - step / steps))
 
 
-def train(
-    minutes: float, steps: int, out: Path, checkpoint: Path, compile: bool, threads: int, start_from: Path | None
-) -> None:
+def train(minutes: float, steps: int, out: Path, checkpoint: Path, compile: bool, threads: int) -> None:
     """Trains until `steps` are done or `minutes` are over; resumes from `checkpoint` where it exists."""
     torch.set_num_threads(threads)
     tokens = tokenizer.build()
-    trainer = Trainer(tokens, compile, start_from)
-    full = WARM_RATE if start_from else 1.0
+    trainer = Trainer(tokens, compile)
     if checkpoint.exists():
         trainer.load(checkpoint)
     curriculum, kinds = Curriculum(tokens), Kinds(tokens)
@@ -236,7 +198,7 @@ def train(
     while trainer.step < steps:
         look = trainer.step % 5 == 0
         batch = curriculum.batch(trainer.step, trainer.level)
-        recent.append(trainer.train(batch, full * rate(trainer.step, steps), kinds if look else None))
+        recent.append(trainer.train(batch, rate(trainer.step, steps), kinds if look else None))
         now = time.monotonic()
         trainer.seconds = before + now - start
         over = now - start > 60 * minutes or trainer.step == steps
@@ -256,7 +218,7 @@ def train(
         if over or now - saved_at > 90:
             saved_at = now
             trainer.save(checkpoint)
-            export(trainer.average, trainer.config, out)
+            export(trainer.averaged(), trainer.config, out)
         if over:
             break
 
@@ -269,7 +231,6 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, default=Path("build/bundled.pt"), help="what a later run resumes from"
     )
-    parser.add_argument("--start-from", type=Path, help="folder of an exported model whose weights to start from")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
     arguments = parser.parse_args()
@@ -281,7 +242,6 @@ def main() -> None:
         arguments.checkpoint,
         not arguments.no_compile,
         arguments.threads,
-        arguments.start_from,
     )
 
 
