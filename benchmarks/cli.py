@@ -1,6 +1,7 @@
 """`trifleet bench`: each command measures one thing, prints a table and, with --json, writes the figures."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -249,9 +250,11 @@ def chaos(
         "requests", "failed_visible", "failed_unstreamed", "failed_silent", "hung", "recovery_seconds",
         "leaked_blocks", "leaked_reservations", "leftover_processes",
     )  # fmt: skip
-    table = Table(title="Faults under steady load")
-    for heading in ("fault", *(column.replace("_", " ") for column in columns)):
-        table.add_column(heading, justify="left" if heading == "fault" else "right")
+    table = Table(title="Faults under steady load", box=None, pad_edge=False)
+    table.add_column("fault", no_wrap=True)
+    for heading in columns:
+        words = heading.split("_")
+        table.add_column(" ".join(words), justify="right", width=max(map(len, words)))
     for name, row in figures["faults"].items():
         shown = row | {"leftover_processes": len(row["leftover_processes"])}
         table.add_row(name, *("-" if shown[column] is None else str(shown[column]) for column in columns))
@@ -329,7 +332,7 @@ def _model(name: str) -> "Name":
 
 
 def _report(table: RenderableType, figures: dict[str, Any], json_path: Path | None) -> None:
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(figures, indent=2) + "\n")

@@ -116,6 +116,6 @@ def _is_of(raylet: int, process: psutil.Process) -> bool:
 
 def title(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline())
+        return " ".join(process.cmdline()).strip()  # a title that was set is padded
     except psutil.Error:
         return ""
