@@ -91,8 +91,17 @@ class Use:
     """If none of them ends."""
 
     @classmethod
-    def nothing(cls) -> Self:
-        return cls(*np.zeros((3, len(HORIZONS))))
+    def always(cls, blocks: float) -> Self:
+        """Of what holds so many blocks for ever."""
+        held = np.full(len(HORIZONS), float(blocks))
+        return cls(held, np.zeros(len(HORIZONS)), held)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.mean + other.mean, self.variance + other.variance, self.most + other.most)
+
+    def sum(self) -> Self:
+        """Of all requests together: [horizons] of [requests, horizons]."""
+        return type(self)(self.mean.sum(axis=0), self.variance.sum(axis=0), self.most.sum(axis=0))
 
     def to_keep(self, margin: float) -> Matrix:
         """Blocks to keep for it: so many standard deviations more than the mean, and never more than the most."""

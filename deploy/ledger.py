@@ -96,9 +96,9 @@ class ReplicaLedger:
         self.margin = margin
         """Standard deviations beyond the mean that are kept free for what is expected."""
         self.bookings: dict[str, Booking] = {}
-        self.expected = Use.nothing()
+        self.expected = Use.always(0)
         """What all that is here may hold at each of `growth.HORIZONS`, what no booking explains included."""
-        self.reserved_blocks = 0
+        self._reserved = 0.0
         self.unseen = 0
         """Bookings that the last report does not show."""
         self._ended: dict[str, float] = {}
@@ -113,6 +113,11 @@ class ReplicaLedger:
     def headroom_blocks(self) -> int:
         kept = self.expected.to_keep(self.margin).max()
         return math.floor(self.report.engine.total_blocks - self.watermark_blocks - kept + ROUNDING)
+
+    @property
+    def reserved_blocks(self) -> int:
+        """What is expected of bookings that the report does not show."""
+        return math.ceil(self._reserved - ROUNDING)
 
     @property
     def predicted_blocks(self) -> int:
@@ -134,12 +139,17 @@ class ReplicaLedger:
     def age_seconds(self, now: float) -> float:
         return now - self.reported_at
 
-    def book(self, reservation: str, booking: Booking) -> None:
+    def book(self, reservation: str, booking: Booking, lengths: Lengths) -> None:
+        """Add a booking, and what it is expected to hold to the sums."""
         assert reservation not in self.bookings, f"{reservation} is booked twice on {self.report.replica}"
         self.bookings[reservation] = booking
+        use = expected_use(Requests.of([booking.row()]), self.report.engine.block_size, lengths)
+        self.expected = self.expected + use.sum()
+        self._reserved += use.mean.max()
+        self.unseen += 1
 
     def drop(self, reservation: str) -> Booking:
-        """Take a booking away. `add_up` is due after this and after `book`."""
+        """Take a booking away. `add_up` is due after this."""
         return self.bookings.pop(reservation)
 
     def remember_end(self, reservation: str, now: float) -> None:
@@ -181,11 +191,9 @@ class ReplicaLedger:
         use = expected_use(requests, engine.block_size, lengths)
         is_unseen = requests.held_blocks < 0
         unexplained = engine.total_blocks - engine.free_blocks - requests.held_blocks[~is_unseen].sum()
-        self.expected = Use(
-            unexplained + use.mean.sum(axis=0), use.variance.sum(axis=0), unexplained + use.most.sum(axis=0)
-        )
+        self.expected = use.sum() + Use.always(unexplained)
         self.unseen = int(is_unseen.sum())
-        self.reserved_blocks = math.ceil(use.mean[is_unseen].max(axis=1).sum() - ROUNDING) if self.unseen else 0
+        self._reserved = float(use.mean[is_unseen].max(axis=1).sum())
 
     def expired(self, now: float, lease_seconds: float) -> list[str]:
         """Bookings that no report has shown for longer than the lease. Forgets endings of that age, too."""
@@ -301,9 +309,10 @@ class Ledger:
         known = self.replicas[replica]
         reservation = demand.reservation
         known_class = self.class_on(ReplicaKind.of(known.report), demand)
-        known.book(reservation, Booking(bound_blocks, now, known_class, demand.prompt_tokens, demand.sequences))
+        booking = Booking(bound_blocks, now, known_class, demand.prompt_tokens, demand.sequences)
+        known.book(reservation, booking, self.lengths)
         self._replica_of[reservation] = replica
-        self._show(known)
+        self._show_sums(known)
 
     def class_on(self, kind: ReplicaKind, demand: Demand) -> int:
         """Whose lengths tell when the request ends; where its whole bound counts, nobody's."""
@@ -394,8 +403,11 @@ class Ledger:
     def _show(self, known: ReplicaLedger) -> None:
         """Its bookings or its report have changed."""
         known.add_up(self.lengths)
-        self.table.update(known.report.replica, known.headroom_blocks, known.requests, known.expected)
+        self._show_sums(known)
         self._show_state(known)
+
+    def _show_sums(self, known: ReplicaLedger) -> None:
+        self.table.update(known.report.replica, known.headroom_blocks, known.requests, known.expected)
 
     def _show_state(self, known: ReplicaLedger) -> None:
         """Whether it takes anything may have changed."""

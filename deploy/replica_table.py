@@ -116,11 +116,8 @@ class ReplicaTable:
         """Which of the rows have room, at every horizon, for a request that is expected to use so much on each of
         `kinds` ([kinds, horizons])."""
         kind = self.kind[rows]
-        together = Use(
-            self.expected[rows] + of_kind.mean[kind],
-            self.variance[rows] + of_kind.variance[kind],
-            self.most[rows] + of_kind.most[kind],
-        )
+        here = Use(self.expected[rows], self.variance[rows], self.most[rows])
+        together = here + Use(of_kind.mean[kind], of_kind.variance[kind], of_kind.most[kind])
         fits: NDArray[np.bool_] = together.to_keep(margin).max(axis=1) <= self.usable[rows] + ROUNDING
         return fits
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from numpy.testing import assert_allclose
 
 from deploy.ledger import Ledger
 from deploy.messages import CapacityReport
@@ -188,6 +189,15 @@ class LedgerMachine(RuleBasedStateMachine):
             growth = [max(0, b.bound_blocks - b.held_blocks) for b in bookings if b.held_blocks is not None]
             assert known.reserved_blocks == sum(unseen) >= 0
             assert known.predicted_blocks == sum(growth) >= 0
+
+    @invariant()
+    def sums_are_the_same_as_if_added_up_anew(self) -> None:
+        for known in self.ledger.replicas.values():
+            kept, reserved = known.expected, known.reserved_blocks
+            known.add_up(self.ledger.lengths)
+            for name in ("mean", "variance", "most"):
+                assert_allclose(getattr(kept, name), getattr(known.expected, name), atol=1e-6)
+            assert reserved == known.reserved_blocks
 
     @invariant()
     def every_booking_is_found_under_its_replica_and_no_other(self) -> None:
