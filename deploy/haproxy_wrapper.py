@@ -10,6 +10,8 @@ Needs nothing but the standard library, because it is started without the enviro
   without asking whether it has room, under the reservation of the one that failed.
 - What HAProxy itself answers has OpenAI's shape, and says when to come back.
 - While no router can be reached, Serve's own balancing takes the requests, where Ray would answer 503.
+- While HAProxy knows of no application, as right after it was started anew, it answers 503, where Ray would say 404 to
+  every path.
 
     client -> frontend -> router -> backend -> replica 1 (fails)
                  ^                     |
@@ -40,6 +42,7 @@ _FRONTEND_RULES = f"""\
 """
 _ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"
 _PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .*)?\n)+", re.MULTILINE)
+_NO_APPLICATION = re.compile(r"(?<=^backend default_backend\n)    http-request return status 404 .*$", re.MULTILINE)
 _UNREACHABLE = "{ var(txn.ingress_request_router_failed) -m str router_unreachable }"
 
 
@@ -53,6 +56,9 @@ def adjusted(config: str, loopback: list[int], socket: str, error_file: str) -> 
     frontend = re.search(r"^frontend http_frontend\n *bind .*\n", config, re.MULTILINE)
     if frontend is None:
         raise ValueError("HAProxy's configuration has no http_frontend: this Ray is not the pinned one")
+    config, times = re.subn(_NO_APPLICATION, "    http-request deny deny_status 503", config)
+    if times != 1:
+        raise ValueError("HAProxy's configuration has no default_backend that says 404: this Ray is not the pinned one")
     rules = _FRONTEND_RULES.format(socket=socket)
     config = config[: frontend.end()] + rules + config[frontend.end() :]
     if _ROUTER_FAILED in config:

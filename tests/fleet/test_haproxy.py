@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -27,13 +28,15 @@ import json, sys
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
 port, router, replicas = json.loads(sys.argv[1])
-servers = [ServerConfig(name, "127.0.0.1", at, replica_id=name) for name, at in replicas.items()]
-backend = BackendConfig(
-    name="app", app_name="app", path_prefix="/", servers=servers,
-    ingress_request_router_servers=[ServerConfig("router", "127.0.0.1", router)],
-)
-config = HAProxyConfig(http_options=HTTPOptions(host="127.0.0.1", port=port), metrics_enabled=False)
-api = HAProxyApi(config, {"app": backend})
+backends = {}
+if router:
+    backends["app"] = BackendConfig(
+        name="app", app_name="app", path_prefix="/",
+        servers=[ServerConfig(name, "127.0.0.1", at, replica_id=name) for name, at in replicas.items()],
+        ingress_request_router_servers=[ServerConfig("router", "127.0.0.1", router)],
+    )
+config = HAProxyConfig(http_options=HTTPOptions(host="127.0.0.1", port=port), metrics_enabled=False, is_head=True)
+api = HAProxyApi(config, backends)
 config.has_received_routes = config.has_received_servers = True
 api._generate_config_file_internal()
 print(api.config_file_path)
@@ -109,6 +112,33 @@ class Setup:
             return await http.post(f"{self.url}/v1/completions", content=b"the prompt", headers=headers)
 
 
+@contextlib.asynccontextmanager
+async def haproxy(folder: Path, router_port: int | None, replica_ports: dict[str, int]) -> AsyncIterator[str]:
+    """Its URL, once it is there. Without a router it knows of no application."""
+    (port,) = free_ports(1)
+    settings = FleetSettings(served_model_name="m")
+    variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder)}
+    arguments = json.dumps([port, router_port, replica_ports])
+    writer = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE
+    )
+    config = (await writer.communicate())[0].decode().split()[-1]
+    binary = variables["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    process = await asyncio.create_subprocess_exec(binary, "-db", "-f", config, env=variables)
+    try:
+        async with httpx.AsyncClient() as http:
+            while True:
+                await asyncio.sleep(0.1)
+                assert process.returncode is None, "HAProxy did not start: its words are above"
+                with contextlib.suppress(httpx.ConnectError):
+                    if (await http.get(f"http://127.0.0.1:{port}/-/healthz")).status_code == 200:
+                        break
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        await process.wait()
+
+
 @pytest.fixture(scope="module")
 async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
     folder = tmp_path_factory.mktemp("haproxy")
@@ -119,31 +149,11 @@ async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup
         async def serve(handler: Callable[..., Any]) -> asyncio.Server:
             return await stack.enter_async_context(await asyncio.start_server(handler, "127.0.0.1", 0))
 
-        port, closed = free_ports(2)
         ports = {name: (await serve(replica)).sockets[0].getsockname()[1] for name, replica in replicas.items()}
+        (ports["gone"],) = free_ports(1)
         router_server = await serve(router)
-        router_port = router_server.sockets[0].getsockname()[1]
-        settings = FleetSettings(served_model_name="m")
-        variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder)}
-        arguments = json.dumps([port, router_port, {**ports, "gone": closed}])
-        writer = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE
-        )
-        config = (await writer.communicate())[0].decode().split()[-1]
-        binary = variables["RAY_SERVE_HAPROXY_BINARY_PATH"]
-        process = await asyncio.create_subprocess_exec(binary, "-db", "-f", config, env=variables)
-        try:
-            async with httpx.AsyncClient() as http:
-                while True:
-                    await asyncio.sleep(0.1)
-                    assert process.returncode is None, "HAProxy did not start: its words are above"
-                    with contextlib.suppress(httpx.ConnectError):
-                        if (await http.get(f"http://127.0.0.1:{port}/-/healthz")).status_code == 200:
-                            break
-            yield Setup(f"http://127.0.0.1:{port}", router, router_server, replicas)
-        finally:
-            process.terminate()
-            await process.wait()
+        url = await stack.enter_async_context(haproxy(folder, router_server.sockets[0].getsockname()[1], ports))
+        yield Setup(url, router, router_server, replicas)
 
 
 @pytest.mark.parametrize(("failing", "way"), [("a", "closes"), ("gone", ""), ("a", "says 502")])
@@ -195,3 +205,11 @@ async def test_while_no_router_can_be_reached_requests_flow(setup: Setup) -> Non
     setup.router_server.close()
     answer = await setup.post()
     assert answer.text.endswith(":the prompt")
+
+
+async def test_while_it_knows_of_no_application_the_client_is_told_to_come_back(tmp_path: Path) -> None:
+    """As right after HAProxy was started anew, before Serve has told it of the replicas."""
+    async with haproxy(tmp_path, None, {}) as url, httpx.AsyncClient() as http:
+        answer = await http.post(f"{url}/v1/completions", content=b"the prompt")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "send it again" in answer.json()["error"]["message"]
