@@ -90,7 +90,8 @@ async def _send(http: httpx.AsyncClient, path: str, body: bytes, leaves: bool) -
     request = http.post(path, content=body, headers={"content-type": "application/json"})
     try:
         if leaves:
-            await asyncio.wait_for(request, LEAVES_SECONDS)
+            async with asyncio.timeout(LEAVES_SECONDS):
+                await request
             return "left", ""
         answer = await request
         return str(answer.status_code), answer.text

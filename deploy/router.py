@@ -202,7 +202,8 @@ class Router:
 
     async def _probe(self, replica: str) -> None:
         with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-            report = await asyncio.wait_for(self._replicas.probe.remote(replica), PROBE_SECONDS)
+            async with asyncio.timeout(PROBE_SECONDS):
+                report = await self._replicas.probe.remote(replica)
             if report is not None:
                 await self._ask("report", report)
 
@@ -244,7 +245,10 @@ class Router:
         try:
             if self._coordinator is None:
                 self._coordinator = ray.get_actor(NAME, namespace=NAMESPACE)
-            return await asyncio.wait_for(getattr(self._coordinator, method).remote(*arguments), self._patience)
+            # Not wait_for: in Python 3.11 it forgets a cancellation that comes together with the answer, and then
+            # nobody releases what was acquired for a client that has left.
+            async with asyncio.timeout(self._patience):
+                return await getattr(self._coordinator, method).remote(*arguments)
         except (ray.exceptions.RayActorError, TimeoutError, ValueError) as error:
             # ValueError: there is no actor of that name.
             logger.warning("The coordinator does not answer (%s): requests flow without it.", error)

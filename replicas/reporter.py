@@ -99,8 +99,10 @@ class Reporter:
     async def run(self) -> None:
         """Report until cancelled."""
         while True:
+            # Not wait_for: in Python 3.11 it forgets a cancellation that comes together with a change.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._heartbeat_seconds)
+                async with asyncio.timeout(self._heartbeat_seconds):
+                    await self._changed.wait()
             self._changed.clear()
             await self._report()
             await asyncio.sleep(SHORTEST_INTERVAL_SECONDS)
@@ -136,7 +138,8 @@ class Reporter:
         if report is None:
             return
         try:
-            await asyncio.wait_for(self._send(report), SEND_TIMEOUT_SECONDS)
+            async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                await self._send(report)
         except Exception as error:
             # Mostly the coordinator is away: requests still flow, and what ended is told again when it is back.
             if self._reachable:

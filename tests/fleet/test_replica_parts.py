@@ -363,6 +363,20 @@ async def test_what_ended_while_the_coordinator_was_away_is_told_when_it_is_back
     assert [reports._finished, reports._written, reports._ended] == [{}, {}, {}]
 
 
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_reporter_that_is_cancelled_ends_also_when_a_change_comes_with_it(turns: int) -> None:
+    reports = reporter(Line())
+    running = asyncio.create_task(reports.run())
+    await asyncio.sleep(0.01)
+    reports.begin("a", "default", "short", 0.0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=1)
+    running.cancel()
+    assert done
+
+
 def test_pages_of_two_engines_merge_into_families_with_a_replica_label() -> None:
     page = '# HELP vllm:a Says a.\n# TYPE vllm:a gauge\nvllm:a{x="1"} 2.0\n# HELP b B.\n# TYPE b gauge\nb 1.0\n'
     assert merged({"r1": page, "r2": page}, "vllm:").splitlines() == [
