@@ -99,7 +99,10 @@ class Coordinator:
         self._deliver(self._admission.observe(report, time.monotonic()))
 
     async def release(self, reservation: str) -> None:
+        """Ends a request, placed or queued; the call that waits for a queued one's decision is cancelled."""
         self._deliver(self._admission.release(reservation, time.monotonic()))
+        if (waiting := self._waiting.get(reservation)) is not None:
+            waiting.cancel()
 
     async def count_router(self, refused: Counter[tuple[str, str]], placed: Counter[str]) -> bool:
         """What the router did by itself since it last told: refusals by tier and reason, placements by replica."""

@@ -74,6 +74,20 @@ async def test_a_caller_that_goes_away_leaves_the_queue() -> None:
     assert sum(json.loads(await coordinator.status())["queue_length"].values()) == 0
 
 
+async def test_a_queued_request_that_is_released_waits_no_longer() -> None:
+    """A router whose client has left the queue cannot cancel the call that waits: Ray does not carry that over."""
+    coordinator = Coordinator(SETTINGS, "m")
+    await coordinator.report(report(1, free=10))
+    await coordinator.acquire(demand("a"))
+    waiting = asyncio.create_task(coordinator.acquire(demand("b")))
+    await asyncio.sleep(0.05)
+    await coordinator.release("b")
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(1):
+            await waiting
+    assert coordinator._waiting == {}
+
+
 async def test_what_the_router_did_alone_is_in_the_metrics_of_replicas_that_exist() -> None:
     coordinator = Coordinator(SETTINGS, "m")
     await coordinator.report(report(1, free=10))
