@@ -1,8 +1,8 @@
 """How fast the coordinator decides, and how old its knowledge is: the real actor and Ray, fake engines.
 
-One process plays eight replicas (the real `Reporter`, engines that only count) and the router (Ray calls to `acquire`);
-the coordinator is an actor in its own process, as in a fleet. First requests come at a steady rate, which gives the
-latency of one decision and the age of the report that it was made on; then as many as can be, which gives the rate.
+One process plays eight replicas (the real `Reporter`, engines that only count) and the router, each with its own
+`Link`; the coordinator is an actor in its own process, as in a fleet. First requests come at a steady rate, which gives
+the latency of one decision and the age of the report that it was made on; then as many as can be, which gives the rate.
 """
 
 import asyncio
@@ -18,10 +18,11 @@ from ray.actor import ActorHandle
 
 from deploy.app import coordinator_options
 from deploy.coordinator import Coordinator
-from deploy.messages import Decision, Demand, Placement
+from deploy.messages import Decision, DecisionPair, Demand, Placement
 from deploy.settings import CoordinatorSettings
 from replicas.headers import new_reservation
-from replicas.messages import ReplicaLimits
+from replicas.link import Address, Link
+from replicas.messages import CapacityReport, ReplicaLimits
 from replicas.reporter import Reporter
 from triattention.report import EngineReport
 
@@ -57,9 +58,9 @@ class MeasuredCoordinator(Coordinator):
 class FakeReplica:
     """The real reporter before an engine that holds some blocks for each request and computes nothing."""
 
-    def __init__(self, name: str, coordinator: "ActorHandle[Any]") -> None:
-        async def send(report: Any) -> None:
-            await coordinator.report.remote(report)
+    def __init__(self, name: str, link: Link) -> None:
+        async def send(report: CapacityReport) -> None:
+            await link.call(None, "report", report)
 
         self._reporter = Reporter(name, ReplicaLimits(32_768, None), 0.2, send)
         self._held: dict[str, int] = {}
@@ -117,7 +118,13 @@ def bench_router(seconds: float = 10.0) -> dict[str, Any]:
 
 
 async def _measure(coordinator: "ActorHandle[Any]", seconds: float) -> dict[str, Any]:
-    replicas = {f"fake-{number}": FakeReplica(f"fake-{number}", coordinator) for number in range(REPLICAS)}
+    async def find() -> Address:
+        address: Address = await coordinator.address.remote()
+        return address
+
+    names = [f"fake-{number}" for number in range(REPLICAS)]
+    replicas = {name: FakeReplica(name, Link(find)) for name in names}
+    link = Link(find)
     running = [asyncio.create_task(replica.run()) for replica in replicas.values()]
     rng = random.Random(0)
     serving: set[asyncio.Task[None]] = set()
@@ -126,10 +133,10 @@ async def _measure(coordinator: "ActorHandle[Any]", seconds: float) -> dict[str,
     async def one_request() -> None:
         demand = Demand(new_reservation(), prompt_tokens=100, total_tokens=160)
         began = time.perf_counter()
-        decision = await coordinator.acquire.remote(demand)
+        decision, refusal = await link.call(DecisionPair, "acquire", demand, None)
         latencies.append(time.perf_counter() - began)
-        if not isinstance(decision, Placement):
-            raise RuntimeError(f"The bench's own fleet refused a request: {decision}")
+        if decision is None:
+            raise RuntimeError(f"The bench's own fleet refused a request: {refusal}")
         seconds = rng.expovariate(1 / REQUEST_SECONDS)
         task = asyncio.create_task(replicas[decision.replica].serve(demand.reservation, seconds))
         serving.add(task)

@@ -12,12 +12,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ray.util import get_node_ip_address
+
 from deploy.admission import Admission
 from deploy.exposition import FleetCollector, as_json, render
-from deploy.messages import CapacityReport, Decision, Demand, FleetLoad
+from deploy.listener import Calls, Listener
+from deploy.messages import CapacityReport, Decision, DecisionPair, Demand, FleetLoad, Placement
 from deploy.settings import CoordinatorSettings
 from deploy.snapshot import FleetSnapshot
 from deploy.tiers import Tier
+from replicas.link import Address
 from replicas.ray_export import RayExport
 from replicas.reporter import SHORTEST_INTERVAL_SECONDS
 
@@ -58,6 +62,7 @@ class Coordinator:
         self._waiting: dict[str, asyncio.Future[Decision]] = {}
         self._ticking: asyncio.Task[None] | None = None
         self._exporting: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[Address] | None = None
         self._refused_by_router: Counter[tuple[str, str]] = Counter()
         """By tier and reason."""
         self._placed_by_router: Counter[str] = Counter()
@@ -69,6 +74,29 @@ class Coordinator:
     ) -> bool:
         mine = (self._settings, self._model, self._tiers, self._wanted_replicas)
         return mine == (settings, model, dict(tiers), wanted_replicas)
+
+    async def address(self) -> Address:
+        """Where routers and replicas reach it (`replicas.link`)."""
+        if self._listening is None:
+            calls: Calls = {
+                "acquire": (tuple[Demand, str | None], self._acquire),
+                "report": (tuple[CapacityReport], self.report),
+                "release": (tuple[str], self.release),
+                "listed": (tuple[str, frozenset[str]], self.listed),
+                "count_router": (tuple[dict[tuple[str, str], int], dict[str, int]], self.count_router),
+                "metrics": (tuple[()], self.metrics),
+                "status": (tuple[()], self.status),
+            }
+            self._listening = asyncio.create_task(Listener(calls).start(get_node_ip_address()))
+        try:
+            return await self._listening
+        except OSError:
+            self._listening = None  # no port was free: the next caller tries again
+            raise
+
+    async def _acquire(self, demand: Demand, failed: str | None) -> DecisionPair:
+        decision = await self.acquire(demand, failed)
+        return (decision, None) if isinstance(decision, Placement) else (None, decision)
 
     async def acquire(self, demand: Demand, failed: str | None = None) -> Decision:
         """Decide now, or when it is decided: a queued demand waits at most for its deadline.
@@ -104,10 +132,10 @@ class Coordinator:
         if (waiting := self._waiting.get(reservation)) is not None:
             waiting.cancel()
 
-    async def count_router(self, refused: Counter[tuple[str, str]], placed: Counter[str]) -> bool:
+    async def count_router(self, refused: Mapping[tuple[str, str], int], placed: Mapping[str, int]) -> bool:
         """What the router did by itself since it last told: refusals by tier and reason, placements by replica."""
-        self._refused_by_router += refused
-        self._placed_by_router += placed
+        self._refused_by_router.update(refused)
+        self._placed_by_router.update(placed)
         return True
 
     async def listed(self, node: str, replicas: frozenset[str]) -> list[str]:

@@ -8,6 +8,7 @@ from replicas.messages import CapacityReport, GpuReading, Pace, ReplicaLimits, T
 __all__ = [
     "CapacityReport",
     "Decision",
+    "DecisionPair",
     "Demand",
     "GpuReading",
     "Pace",
@@ -74,3 +75,5 @@ class Refusal:
 
 
 Decision = Placement | Refusal
+DecisionPair = tuple[Placement | None, Refusal | None]
+"""The same on the wire, where one of the two is null: msgpack does not tell one message from another."""

@@ -20,7 +20,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.actor import ActorHandle
 from ray.serve._private.common import ReplicaID
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.deployment import Application
@@ -33,7 +32,7 @@ from starlette.routing import Route
 from deploy import haproxy_servers, listed
 from deploy.coordinator import NAME, NAMESPACE
 from deploy.haproxy_wrapper import AGAIN_PREFIX
-from deploy.messages import Decision, Demand, Placement, Refusal
+from deploy.messages import Decision, DecisionPair, Demand, Refusal
 from deploy.requests import Admissible, Served, examine, too_large
 from deploy.tiers import Tier, with_default
 from replicas.access import Access
@@ -49,6 +48,7 @@ from replicas.headers import (
     new_reservation,
 )
 from replicas.limits import RequestLimits
+from replicas.link import Address, Link
 from replicas.turnstile import Turnstile
 
 logger = logging.getLogger("ray.serve")
@@ -94,7 +94,7 @@ class Router:
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens")
         # HAProxy asks the router of its own node where there is one.
         self._node = ray.get_runtime_context().get_node_id()
-        self._coordinator: ActorHandle[Any] | None = None
+        self._link = Link(_find_coordinator)
         self._refused_alone: Counter[tuple[str, str]] = Counter()
         self._placed_alone: Counter[str] = Counter()
         self._background: set[asyncio.Task[Any]] = set()
@@ -159,7 +159,7 @@ class Router:
             replica = await self._pick(decision.replica)
             if replica.replica_id.unique_id == decision.replica:
                 return _route_to(replica, headers(decision.reservation, decision.length_class))
-            await self._ask("release", decision.reservation)
+            await self._ask(None, "release", decision.reservation)
             await asyncio.sleep(RESOLVE_PAUSE_SECONDS)
             demand, failed = replace(demand, reservation=new_reservation()), None
         replica = await self._pick(None)
@@ -169,11 +169,12 @@ class Router:
     async def _decide(self, demand: Demand, failed: str | None) -> Decision | None:
         """The coordinator's decision; None when there is no coordinator to ask."""
         try:
-            decision: Placement | Refusal | None = await self._ask("acquire", demand, failed)
+            pair: DecisionPair | None = await self._ask(DecisionPair, "acquire", demand, failed)
         except asyncio.CancelledError:
             # The client has left the queue. Serve cancels this task; the coordinator waits in another process.
-            self._in_background(self._ask("release", demand.reservation))
+            self._in_background(self._ask(None, "release", demand.reservation))
             raise
+        decision = None if pair is None else pair[0] or pair[1]
         if decision is not None and (self._refused_alone or self._placed_alone):
             self._tell_counts()
         return decision
@@ -192,7 +193,7 @@ class Router:
                 # None while HAProxy reads its first configuration: then it does not ask this router either.
                 if names:
                     reachable = frozenset(ReplicaID.from_full_id_str(name).unique_id for name in names)
-                    for replica in await self._ask("listed", self._node, reachable) or ():
+                    for replica in await self._ask(list[str], "listed", self._node, reachable) or ():
                         self._in_background(self._probe(replica))
             except (OSError, TimeoutError):
                 continue  # HAProxy starts anew
@@ -205,7 +206,7 @@ class Router:
             async with asyncio.timeout(PROBE_SECONDS):
                 report = await self._replicas.probe.remote(replica)
             if report is not None:
-                await self._ask("report", report)
+                await self._ask(None, "report", report)
 
     async def _refused(self, answer: Answer, tier: str, reason: str) -> dict[str, Any]:
         self._count_refusal(tier, reason)
@@ -221,7 +222,7 @@ class Router:
         self._refused_alone, self._placed_alone = Counter(), Counter()
 
         async def tell() -> None:
-            if not await self._ask("count_router", refused, placed):
+            if not await self._ask(bool, "count_router", refused, placed):
                 self._refused_alone += refused
                 self._placed_alone += placed
 
@@ -240,20 +241,20 @@ class Router:
             replica: RunningReplica = selection._replica
             return replica
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        """Call the coordinator; None when it is gone."""
+    async def _ask(self, kind: Any, method: str, *arguments: Any) -> Any:
+        """Call the coordinator, whose answer is of that type; None when it is gone."""
         try:
-            if self._coordinator is None:
-                self._coordinator = ray.get_actor(NAME, namespace=NAMESPACE)
-            # Not wait_for: in Python 3.11 it forgets a cancellation that comes together with the answer, and then
-            # nobody releases what was acquired for a client that has left.
             async with asyncio.timeout(self._patience):
-                return await getattr(self._coordinator, method).remote(*arguments)
-        except (ray.exceptions.RayActorError, TimeoutError, ValueError) as error:
-            # ValueError: there is no actor of that name.
-            logger.warning("The coordinator does not answer (%s): requests flow without it.", error)
-            self._coordinator = None
+                return await self._link.call(kind, method, *arguments)
+        except (ray.exceptions.RayActorError, OSError, ValueError) as error:
+            # ValueError: there is no actor of that name. OSError: of a timeout, too.
+            logger.warning("The coordinator does not answer (%r): requests flow without it.", error)
             return None
+
+
+async def _find_coordinator() -> Address:
+    address: Address = await ray.get_actor(NAME, namespace=NAMESPACE).address.remote()
+    return address
 
 
 def _came_back(request: Request) -> str | None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.actor import ActorHandle
 from starlette.types import ASGIApp
 
 from replicas.access import Access
@@ -23,6 +22,7 @@ from replicas.fleet_page import fleet_page
 from replicas.gate import Gate, Page
 from replicas.gpu import GpuMeter
 from replicas.limits import RequestLimits
+from replicas.link import Address, Link
 from replicas.messages import CapacityReport, ReplicaLimits
 from replicas.ray_export import RayExport
 from replicas.reporter import Reporter
@@ -61,7 +61,7 @@ class Replica:
 
     def __init__(self, options: ReplicaOptions) -> None:
         self._options = options
-        self._coordinator: ActorHandle[Any] | None = None
+        self._link = Link(self._find_coordinator)
         self._engine: Engine | None = None
         self._reporter: Reporter | None = None
         self._reports: asyncio.Task[None] | None = None
@@ -133,21 +133,16 @@ class Replica:
     async def _send(self, report: CapacityReport) -> None:
         # A dead engine falls silent, so that the coordinator places nothing more on it while Serve replaces it.
         await self.check_health()
-        try:
-            await self._resolve().report.remote(report)
-        except ray.exceptions.RayActorError:
-            self._coordinator = None
-            raise
+        await self._link.call(None, "report", report)
 
     async def _ask(self, method: str) -> bytes:
-        answer: bytes = await getattr(self._resolve(), method).remote()
+        answer: bytes = await self._link.call(bytes, method)
         return answer
 
-    def _resolve(self) -> "ActorHandle[Any]":
-        if self._coordinator is None:
-            name, namespace = self._options.coordinator
-            self._coordinator = ray.get_actor(name, namespace=namespace)
-        return self._coordinator
+    async def _find_coordinator(self) -> Address:
+        name, namespace = self._options.coordinator
+        address: Address = await ray.get_actor(name, namespace=namespace).address.remote()
+        return address
 
 
 async def _read_gpus(meter: GpuMeter, reporter: Reporter) -> None:

@@ -1,0 +1,137 @@
+"""The way to the coordinator: msgpack over one TCP connection for each process that asks.
+
+Every request and every capacity report goes through the coordinator, and a call of a Ray actor takes half a
+millisecond of Python at each end. Ray still starts the coordinator and finds it: whoever may call it by Ray learns
+where it listens, and the token without which it hears nobody. The other end is `deploy/listener.py`.
+
+    -> token, once
+    -> length (4 bytes) | [7, "acquire", [demand, null]]
+    <- length (4 bytes) | [7, decision, null]                or [7, null, "what went wrong"]
+"""
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import msgspec
+from pydantic import BaseModel
+
+# A coordinator whose machine is lost says nothing any more: after so long it counts as gone.
+SILENT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a coordinator listens."""
+
+    host: str
+    port: int
+    token: bytes = field(repr=False)
+
+
+class CallError(Exception):
+    """The coordinator could not carry out a call; the message is its own."""
+
+
+@cache
+def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Of values of a type: dataclasses of `messages.py`, pydantic models in them included."""
+    return msgspec.msgpack.Decoder(kind, dec_hook=lambda model, value: model.model_validate(value))
+
+
+def frame(message: Any) -> bytes:
+    body = _ENCODER.encode(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+async def read_frame(stream: asyncio.StreamReader) -> bytes:
+    return await stream.readexactly(int.from_bytes(await stream.readexactly(4), "big"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise NotImplementedError(f"{type(value).__name__} is no part of a message")
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
+_ANSWER = msgspec.msgpack.Decoder(tuple[int, msgspec.Raw, str | None])
+
+
+class Link:
+    """Calls to the coordinator, any number at once. Connects at the first one, and anew once a connection is lost."""
+
+    def __init__(self, find: Callable[[], Awaitable[Address]]) -> None:
+        self._find = find
+        self._connection: _Connection | None = None
+        self._connecting = asyncio.Lock()
+
+    async def call(self, kind: Any, method: str, *arguments: Any) -> Any:
+        """The answer, of type `kind`. Raises OSError where the coordinator is gone, CallError where it failed, and what
+        `find` raises."""
+        async with self._connecting:
+            if self._connection is None or self._connection.is_lost:
+                self._connection = await _Connection.open(await self._find())
+        return decoder(kind).decode(await self._connection.call(method, arguments))
+
+    def close(self) -> None:
+        """Calls that wait fail; a later one connects anew."""
+        if self._connection is not None:
+            self._connection.close()
+
+
+class _Connection:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.is_lost = False
+        self._reader = reader
+        self._writer = writer
+        self._numbers = itertools.count()
+        self._pending: dict[int, asyncio.Future[msgspec.Raw]] = {}
+        self._listening = asyncio.create_task(self._listen())
+
+    @classmethod
+    async def open(cls, address: Address) -> "_Connection":
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        known = writer.get_extra_info("socket")
+        known.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        known.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS // 2)
+        known.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        known.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
+        writer.write(address.token)
+        return cls(reader, writer)
+
+    async def call(self, method: str, arguments: tuple[Any, ...]) -> msgspec.Raw:
+        number = next(self._numbers)
+        pending = self._pending[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._writer.write(frame((number, method, arguments)))
+            return await pending
+        finally:
+            self._pending.pop(number, None)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                number, value, error = _ANSWER.decode(await read_frame(self._reader))
+                pending = self._pending.get(number)
+                if pending is None or pending.done():
+                    continue  # whoever asked has gone away
+                if error is None:
+                    pending.set_result(value)
+                else:
+                    pending.set_exception(CallError(error))
+        except (OSError, EOFError):
+            pass
+        finally:
+            self.is_lost = True
+            self._writer.close()
+            for pending in self._pending.values():
+                if not pending.done():
+                    pending.set_exception(ConnectionResetError("the coordinator has closed the connection"))
