@@ -17,11 +17,11 @@ from bundled import tasks, tokenizer
 
 IGNORED = -100
 BATCH_TOKENS = 3_072
-LENGTHS = (96, 192, 384, 768, 1_536, 2_048)
+LENGTHS = (96, 192, 384, 768, 1_536, 2_304)
 FEW_SYMBOLS = (6, 12)
 """Symbols in use at the first levels; all of them later."""
 LONGEST_JUMP = 3_000
-TRAINED_FAMILIES = (4, 1, 1)
+TRAINED_FAMILIES = (2, 1, 1)
 """How often each of the tasks' FAMILIES is trained on."""
 
 

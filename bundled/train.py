@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import PreTrainedTokenizerFast, Qwen3Config
@@ -106,12 +106,31 @@ class Trainer:
             torch.optim.AdamW([vectors], betas=(0.9, 0.98), weight_decay=0.01),
             torch.optim.AdamW(norms, betas=(0.9, 0.98), weight_decay=0.0),
         ]
+        self.vocabulary = tokens.get_vocab()
         self.weights = torch.ones(len(tokens))
-        for word, row in tokens.get_vocab().items():
+        for word, row in self.vocabulary.items():
             if re.fullmatch(r"Ġ(\d+\^\d+|=\d+)", word):
                 self.weights[row] = END_WEIGHT
         self.step, self.seconds = 0, 0.0
         self.level, self.wrong, self.unforeseen = 0, 1.0, 2.0
+
+    def start_from(self, model: Path) -> None:
+        """Takes over a model's weights, its embeddings by words. Lookups are there, so long rows come at once."""
+        weights = load_file(model / "model.safetensors")
+        rows = PreTrainedTokenizerFast.from_pretrained(model).get_vocab()
+        table = weights.pop("model.embed_tokens.weight").float()
+        embeddings = self.words(self.network.get_parameter(VECTORS)).detach().clone()
+        for word, row in self.vocabulary.items():
+            if word in rows:
+                embeddings[row] = table[rows[word]]
+        with torch.no_grad():
+            vectors = self.words.right_inverse(embeddings)
+            self.words.forget_pairs(vectors)
+            self.network.get_parameter(VECTORS).copy_(vectors)
+            for name, weight in weights.items():
+                self.network.get_parameter(name.removeprefix("model.")).copy_(weight)
+        self.average = {name: weight.detach().clone() for name, weight in self.network.state_dict().items()}
+        self.level = len(LENGTHS) - 2
 
     def train(self, batch: Batch, rate: float, kinds: Kinds | None) -> float:
         """One step at `rate` times the learning rates; the mean loss in nats per trained token.
@@ -184,13 +203,20 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50, 0.02 + 2.45 * (1 - step / steps))
 
 
-def train(minutes: float, steps: int, out: Path, checkpoint: Path, compile: bool, threads: int) -> None:
-    """Trains until `steps` are done or `minutes` are over; resumes from `checkpoint` where it exists."""
+def train(
+    minutes: float, steps: int, start_from: Path | None, out: Path, checkpoint: Path, compile: bool, threads: int
+) -> None:
+    """Trains until `steps` are done or `minutes` are over; resumes from `checkpoint` where it exists.
+
+    A new run begins with the weights of `start_from`, or with nothing.
+    """
     torch.set_num_threads(threads)
     tokens = tokenizer.build()
     trainer = Trainer(tokens, compile)
     if checkpoint.exists():
         trainer.load(checkpoint)
+    elif start_from is not None:
+        trainer.start_from(start_from)
     curriculum, kinds = Curriculum(tokens), Kinds(tokens)
     log = checkpoint.with_suffix(".jsonl")
     before, start, saved_at = trainer.seconds, time.monotonic(), time.monotonic()
@@ -227,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=180, help="stop after so many minutes; run again to go on")
     parser.add_argument("--steps", type=int, default=STEPS, help="length of the whole run")
+    parser.add_argument("--start-from", type=Path, help="folder of a model to begin with instead of from nothing")
     parser.add_argument("--out", type=Path, default=Path("build/bundled"), help="folder of the exported model")
     parser.add_argument(
         "--checkpoint", type=Path, default=Path("build/bundled.pt"), help="what a later run resumes from"
@@ -238,6 +265,7 @@ def main() -> None:
     train(
         arguments.minutes,
         arguments.steps,
+        arguments.start_from,
         arguments.out,
         arguments.checkpoint,
         not arguments.no_compile,

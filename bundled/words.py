@@ -51,10 +51,21 @@ class Words(nn.Module):
         return embedding_bag(self.rows, vectors, mode="sum", padding_idx=_NOTHING)
 
     def right_inverse(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Vectors of these embeddings: all is the words' own."""
+        """Vectors of these embeddings: shared parts hold what they can (least squares), the rest is the words' own."""
+        own = slice(1, 1 + len(self.rows))
+        made_of_parts = self.rows[:, 3] != _NOTHING
+        holds = torch.zeros(len(self.rows), self.parts).scatter_(1, self.rows[:, 1:], 1.0)
+        holds[:, _NOTHING] = 0
         vectors = torch.zeros(self.parts, embeddings.shape[1])
-        vectors[1 : 1 + len(self.rows)] = embeddings
+        vectors[own.stop :] = torch.linalg.lstsq(
+            holds[made_of_parts, own.stop :], embeddings[made_of_parts], driver="gelsd"
+        ).solution
+        vectors[own] = embeddings - holds @ vectors
         return vectors
+
+    def forget_pairs(self, vectors: torch.Tensor) -> None:
+        """Takes away, in place, what words of two parts have of their own: of a rare one it is next to noise."""
+        vectors[1 : 1 + len(self.rows)][self.rows[:, 2] != _NOTHING] = 0
 
     def first_vectors(self, size: int) -> torch.Tensor:
         """fp32 [parts, size]: random, but for words of parts nothing of their own."""

@@ -1,13 +1,18 @@
 """`trifleet evaluate`: what a person types and sees. Owns the choice of cells and the progress display."""
 
+import itertools
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import bundled
 from benchmarks.quality.problems import Problem, ProblemError, from_file, held_out
@@ -23,8 +28,13 @@ POLICIES = (
     "key_norm",
     "keydiff",
 )
-BUDGETS = (64, 128, 256)
-QUICK_POLICIES = ("triattention:selection=per_layer_per_head", "random")
+BUDGETS = (128, 256, 320, 448)
+QUICK_CELLS = (
+    ("triattention:selection=per_layer_per_head", 320),
+    ("triattention:selection=per_layer_per_head", 448),
+    ("random", 448),
+)
+QUICK_INSTANCES = 24
 
 
 def evaluate(
@@ -45,29 +55,38 @@ def evaluate(
     budget: Annotated[list[int] | None, typer.Option("--budget", help="Tokens per KV head.")] = None,
     instances: Annotated[int, typer.Option("--instances", min=1, help="Requests of each task.")] = 200,
     low: Annotated[int, typer.Option("--shortest", min=40, help="Tokens of the shortest trace of a task.")] = 1_000,
-    high: Annotated[int, typer.Option("--longest", max=tasks.LONGEST, help="And of the longest.")] = 1_600,
+    high: Annotated[int, typer.Option("--longest", max=tasks.LONGEST, help="And of the longest.")] = 2_250,
     interval: Annotated[int, typer.Option("--interval", help="Tokens between two compactions.")] = 32,
     window: Annotated[int, typer.Option("--window", help="Recent tokens that are always kept.")] = 32,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest reply to a problem of a file.")] = 4_096,
-    sequences: Annotated[int, typer.Option("--sequences", help="Requests that an engine serves at once.")] = 100,
-    kv_cache_mib: Annotated[int, typer.Option("--kv-cache-mib", help="KV memory of an engine.")] = 1_024,
+    sequences: Annotated[int, typer.Option("--sequences", help="Requests that an engine serves at once.")] = 128,
+    engines: Annotated[
+        int | None, typer.Option("--engines", min=1, help="Engines at once; two where there are no GPUs.")
+    ] = None,
+    kv_cache_mib: Annotated[int, typer.Option("--kv-cache-mib", help="KV memory of an engine.")] = 1_536,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     plots: Annotated[Path | None, typer.Option("--plots", help="Write two plots (PNG, SVG) to this folder.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few instances and cells, in five minutes.")] = False,
 ) -> None:
     """Measure how many answers stay right under compression, by policy and budget, in the real engine."""
+    import torch
+
     from benchmarks.quality.policies import PolicyError, compression
 
-    # One process for the engine and us, so that blocks can be read between its steps; and its log stays quiet.
+    # An engine and whoever steps it share a process, so that blocks can be read between steps; and all logs stay quiet.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     console = Console(width=None if sys.stdout.isatty() else 120)
     if statistics is None and model == bundled.MODEL:
         statistics = bundled.STATISTICS
-    policies = policy or list(QUICK_POLICIES if quick else POLICIES)
-    budgets = budget or list(BUDGETS)
-    count = min(instances, 40) if quick else instances
+    pairs = list(itertools.product(policy or POLICIES, budget or BUDGETS))
+    if quick:
+        instances = min(instances, QUICK_INSTANCES)
+        pairs = pairs if policy or budget else list(QUICK_CELLS)
     try:
         if low > high:
             raise ProblemError(f"--shortest is {low} and --longest is {high}: raise --longest")
@@ -79,12 +98,11 @@ def evaluate(
             for name in task or tasks.TASKS:
                 if name not in tasks.TASKS:
                     raise ProblemError(f'task is "{name}": use one of {", ".join(tasks.TASKS)}')
-                asked += held_out(name, count, low, high)
+                asked += held_out(name, instances, low, high)
         cells: list[tuple[str, int | None, CompressionConfig | None]] = [(FULL, None, None)]
-        cells += [
-            (name, size, compression(name, size, interval, window, statistics)) for name in policies for size in budgets
-        ]
-        report = _run(console, model, cells, asked, sequences, kv_cache_mib << 20)
+        cells += [(name, size, compression(name, size, interval, window, statistics)) for name, size in pairs]
+        count_at_once = engines or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
+        report = _run(console, model, cells, asked, sequences, kv_cache_mib << 20, count_at_once)
     except (PolicyError, ProblemError, OSError, ValueError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         sys.exit(1)
@@ -104,11 +122,13 @@ def _run(
     problems: list[Problem],
     sequences: int,
     kv_cache_bytes: int,
+    engines: int,
 ) -> Report:
-    """One engine after another, under one progress bar each."""
-    from benchmarks.quality.engine import run
+    """So many engines at a time, each in a process of its own with its share of the cores and a progress bar."""
+    from benchmarks.quality.engine import run_cell
 
-    runs = []
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // engines))
+    spawned = get_context("spawn")
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -116,16 +136,29 @@ def _run(
         TextColumn("{task.fields[right]} right"),
         TimeElapsedColumn(),
     )
-    for policy, budget, config in cells:
-        with Progress(*columns, console=console) as progress:
-            name = policy if budget is None else f"{policy} {budget}"
-            bar = progress.add_task(name, total=len(problems), right=0)
-            right = 0
-
-            def done(correct: bool, bar: TaskID = bar, progress: Progress = progress) -> None:
-                nonlocal right
-                right += correct
-                progress.update(bar, advance=1, right=right)
-
-            runs.append((policy, budget, run(model, config, problems, sequences, kv_cache_bytes, done)))
-    return Report.of("the bundled model" if model == bundled.MODEL else model.name, runs)
+    with (
+        spawned.Manager() as manager,
+        Progress(*columns, console=console) as progress,
+        ProcessPoolExecutor(min(engines, len(cells)), spawned) as pool,
+    ):
+        answers = manager.Queue()
+        bars = [
+            progress.add_task(name if size is None else f"{name} {size}", total=len(problems), right=0, start=False)
+            for name, size, _ in cells
+        ]
+        runs = [
+            pool.submit(run_cell, model, config, problems, sequences, kv_cache_bytes, number, answers)
+            for number, (_, _, config) in enumerate(cells)
+        ]
+        right = [0] * len(cells)
+        while not answers.empty() or not all(run.done() for run in runs):
+            with suppress(Empty):
+                number, correct = answers.get(timeout=0.2)
+                progress.start_task(bars[number])
+                right[number] += correct
+                progress.update(bars[number], advance=1, right=right[number])
+            if failed := next((run for run in runs if run.done() and run.exception() is not None), None):
+                pool.shutdown(wait=False, cancel_futures=True)
+                failed.result()
+    ends = [(name, size, run.result()) for (name, size, _), run in zip(cells, runs, strict=True)]
+    return Report.of("the bundled model" if model == bundled.MODEL else model.name, ends)

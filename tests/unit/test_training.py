@@ -148,3 +148,20 @@ def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monke
     trainer.load(half)
     again.append(trainer.train(batches.batch(trainer.step, trainer.level), 0.1, None))
     assert again == pytest.approx(losses, rel=1e-3)
+
+
+def test_a_run_that_starts_from_a_model_begins_with_what_it_knows(tmp_path) -> None:
+    known, started = (train.Trainer(TOKENS, compile=False) for _ in range(2))
+    with torch.no_grad():
+        for weight in known.network.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    train.export(known.averaged() | known.network.layers.state_dict(prefix="layers."), known.config, tmp_path)
+    started.start_from(tmp_path)
+    for name, weight in known.network.layers.named_parameters():
+        torch.testing.assert_close(started.network.layers.get_parameter(name), weight, rtol=0, atol=0.02)
+    before, after = known.averaged()["embed_tokens.weight"], started.averaged()["embed_tokens.weight"]
+    rows = TOKENS.get_vocab()
+    torch.testing.assert_close(after[rows["Ġdepth"]], before[rows["Ġdepth"]], rtol=0, atol=0.02)
+    torch.testing.assert_close(after[rows["Ġ7?"]], before[rows["Ġ7?"]], rtol=0, atol=0.02)
+    own = 1 + rows["Ġ3>7"]
+    assert started.network.get_parameter(train.VECTORS)[own].abs().max() == 0

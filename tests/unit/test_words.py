@@ -41,7 +41,19 @@ def test_a_pair_that_was_never_seen_learns_from_the_others(words: Words) -> None
 
 def test_any_embeddings_have_vectors(words: Words) -> None:
     table = torch.randn(len(TOKENS), SIZE, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(words(words.right_inverse(table)), table)
+    torch.testing.assert_close(words(words.right_inverse(table)), table)
+
+
+def test_what_pairs_share_outlives_their_own(words: Words) -> None:
+    shared = words.first_vectors(SIZE)
+    vectors = shared.clone()
+    vectors[1 + row(" 3>7")] = 1.0  # its own vector
+    table = words(vectors)
+    refitted = words.right_inverse(table)
+    words.forget_pairs(refitted)
+    difference = words(refitted) - words(shared)
+    assert difference[row(" 3>7")].abs().max() < 0.2 < (table - words(shared))[row(" 3>7")].abs().max()
+    torch.testing.assert_close(words(refitted)[row(" at")], table[row(" at")])
 
 
 @pytest.mark.parametrize(
