@@ -22,6 +22,8 @@ from pydantic import BaseModel
 
 # A coordinator whose machine is lost says nothing any more: after so long it counts as gone.
 SILENT_SECONDS = 10
+PATIENT_SECONDS = 1.0
+"""For so long from its beginning an attempt to connect is waited for."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,32 @@ class Link:
     def __init__(self, find: Callable[[], Awaitable[Address]]) -> None:
         self._find = find
         self._connection: _Connection | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[_Connection] | None = None
+        self._patient_until = 0.0
 
     async def call(self, kind: Any, method: str, *arguments: Any) -> Any:
         """The answer, of type `kind`. Raises OSError where the coordinator is gone, CallError where it failed, and what
         `find` raises."""
-        async with self._connecting:
-            if self._connection is None or self._connection.is_lost:
-                self._connection = await _Connection.open(await self._find())
+        if self._connection is None or self._connection.is_lost:
+            self._connection = await self._connected()
         return decoder(kind).decode(await self._connection.call(method, arguments))
+
+    async def _connected(self) -> "_Connection":
+        """A new connection. Who calls in an attempt's first moment waits for it; then no call waits until it succeeds:
+        Ray may take long to say where a coordinator is that it starts anew."""
+        now = asyncio.get_running_loop().time()
+        if self._connecting is None or self._connecting.done():
+            self._connecting = asyncio.create_task(self._connect())
+            self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._patient_until = now + PATIENT_SECONDS
+        try:
+            async with asyncio.timeout_at(self._patient_until):
+                return await asyncio.shield(self._connecting)
+        except TimeoutError:
+            raise ConnectionError("the coordinator is not to be reached yet") from None
+
+    async def _connect(self) -> "_Connection":
+        return await _Connection.open(await self._find())
 
     def close(self) -> None:
         """Calls that wait fail; a later one connects anew."""

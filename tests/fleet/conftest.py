@@ -36,16 +36,19 @@ class RunningFleet:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def samples(self) -> dict[str, float]:
-        """`/metrics` now, summed over replicas and all other labels."""
+        """`/metrics` now, summed over replicas and all other labels; empty while there is no coordinator."""
         sums: dict[str, float] = {}
-        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
+        page = httpx.get(f"{self.url}/metrics")
+        if page.status_code == 503:
+            return sums
+        for family in text_string_to_metric_families(page.text):
             for sample in family.samples:
                 sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
         return sums
 
     def pool_is_whole(self) -> bool:
         now = self.samples()
-        return (
+        return bool(now) and (
             now["trifleet_free_blocks"] == now["trifleet_total_blocks"]
             and now["trifleet_reservations"] == now["trifleet_reserved_blocks"] == 0
             and now["trifleet_running_requests"] == now["trifleet_waiting_requests"] == 0

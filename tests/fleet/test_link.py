@@ -11,7 +11,7 @@ from deploy.coordinator import Coordinator
 from deploy.listener import TOKEN_BYTES, Listener
 from deploy.messages import DecisionPair, Demand, Placement
 from deploy.settings import CoordinatorSettings
-from replicas.link import Address, CallError, Link
+from replicas.link import PATIENT_SECONDS, Address, CallError, Link
 from replicas.messages import CapacityReport, GpuReading, Pace, ReplicaLimits, TierUsage
 from tests.fleet.test_coordinator import demand, report
 from triattention.config import CompressionConfig
@@ -127,6 +127,29 @@ async def test_calls_to_a_coordinator_that_ends_fail_at_once_and_later_ones_reac
         await link.call(None, "never")
     addresses.append(await serve(same=(tuple[int], same)))
     assert await link.call(int, "same", 1) == 1
+
+
+async def test_while_a_coordinator_is_being_started_calls_do_not_wait_for_it(serve: Serve) -> None:
+    address = await serve(same=(tuple[int], same))
+    is_there = asyncio.Event()
+
+    async def find() -> Address:
+        await is_there.wait()
+        return address
+
+    link = Link(find)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(ConnectionError, match="not to be reached"):
+        await link.call(int, "same", 1)
+    waited = loop.time()
+    for _ in range(10):
+        with pytest.raises(ConnectionError):
+            await link.call(int, "same", 1)
+    assert loop.time() - waited < PATIENT_SECONDS / 2 < waited - began < 2 * PATIENT_SECONDS
+    is_there.set()
+    await asyncio.sleep(0.1)
+    assert await link.call(int, "same", 2) == 2
 
 
 async def test_a_router_that_dies_leaves_nobody_in_the_queue() -> None:
