@@ -85,7 +85,7 @@ def run(
                     f"a prompt of {len(ids)} tokens and {limits[number]} tokens of reply exceed the model's "
                     f"{llm.model_config.max_model_len}: shorten the prompt or lower --max-tokens"
                 )
-            # Text is made once at the end: of every token of a hundred requests it would take a third of the time.
+            # Text is made once, at the end, and not for every token of every request.
             params = SamplingParams(
                 temperature=0, max_tokens=limits[number], detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
             )
