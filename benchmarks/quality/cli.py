@@ -102,13 +102,12 @@ def evaluate(
         cells: list[tuple[str, int | None, CompressionConfig | None]] = [(FULL, None, None)]
         cells += [(name, size, compression(name, size, interval, window, statistics)) for name, size in pairs]
         count_at_once = engines or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
-        report = _run(console, model, cells, asked, sequences, kv_cache_mib << 20, count_at_once)
+        report = _run(console, model, cells, asked, sequences, kv_cache_mib << 20, count_at_once, json)
     except (PolicyError, ProblemError, OSError, ValueError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         sys.exit(1)
     console.print(report.table())
     if json is not None:
-        report.write_json(json)
         console.print(f"Figures: {json}")
     if plots is not None:
         for path in report.plot(plots):
@@ -123,10 +122,15 @@ def _run(
     sequences: int,
     kv_cache_bytes: int,
     engines: int,
+    json: Path | None,
 ) -> Report:
-    """So many engines at a time, each in a process of its own with its share of the cores and a progress bar."""
+    """So many engines at a time, each in a process of its own with its share of the cores and a progress bar.
+
+    What is finished is in `json` at any time: full attention's cells and those of the policies so far.
+    """
     from benchmarks.quality.engine import run_cell
 
+    title = "the bundled model" if model == bundled.MODEL else model.name
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // engines))
     spawned = get_context("spawn")
     columns = (
@@ -151,7 +155,8 @@ def _run(
             for number, (_, _, config) in enumerate(cells)
         ]
         right = [0] * len(cells)
-        while not answers.empty() or not all(run.done() for run in runs):
+        written = 0
+        while written < len(cells) or not answers.empty():
             with suppress(Empty):
                 number, correct = answers.get(timeout=0.2)
                 progress.start_task(bars[number])
@@ -160,5 +165,10 @@ def _run(
             if failed := next((run for run in runs if run.done() and run.exception() is not None), None):
                 pool.shutdown(wait=False, cancel_futures=True)
                 failed.result()
-    ends = [(name, size, run.result()) for (name, size, _), run in zip(cells, runs, strict=True)]
-    return Report.of("the bundled model" if model == bundled.MODEL else model.name, ends)
+            finished = [number for number, run in enumerate(runs) if run.done()]
+            if 0 in finished and len(finished) > written:
+                written = len(finished)
+                report = Report.of(title, [(*cells[number][:2], runs[number].result()) for number in finished])
+                if json is not None:
+                    report.write_json(json)
+    return report
