@@ -293,7 +293,7 @@ def fuzz(
 def fleet_sim(
     replicas: Annotated[int, typer.Option(min=2, help="simulated replicas")] = 1000,
     requests: Annotated[int, typer.Option(min=1, help="requests of the trace")] = 1_000_000,
-    scenario: Annotated[str, typer.Option(help="busy, light, overload, or busy-reserving")] = "busy",
+    scenario: Annotated[str, typer.Option(help="busy, moderate, light, overload, or busy-reserving")] = "busy",
     seed: int = 0,
     processes: Annotated[int, typer.Option(min=1, help="routers simulated at once")] = 2,
     plot: Annotated[Path | None, typer.Option(help="file for the picture (PNG)")] = None,

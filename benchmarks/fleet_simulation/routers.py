@@ -20,7 +20,7 @@ from triattention.report import EngineReport
 
 TICK_SECONDS = 0.1
 SHORTEST_REPORT_SECONDS = 0.05
-HEARTBEAT_SECONDS = 1.5
+HEARTBEAT_SECONDS = 5.0
 
 
 class Fleet(Protocol):
@@ -170,13 +170,16 @@ class HeadroomLedger:
 
 def coordinator_settings(patience_seconds: float, growth_quantile: float | None = None) -> CoordinatorSettings:
     """The defaults but for: a queue without end, as the other routers have one in every engine, and short requests of
-    up to 3,072 tokens, prompt and `max_tokens` together, which in this trace are the chats."""
+    up to 3,072 tokens, prompt and `max_tokens` together, which in this trace are the chats; and times that go with
+    rarer heartbeats."""
     defaults = CoordinatorSettings()
     return CoordinatorSettings(
         queue_length=10**9,
         queue_deadline_seconds=patience_seconds,
         short_request_tokens=3072,
         heartbeat_seconds=HEARTBEAT_SECONDS,
+        stale_report_seconds=2 * HEARTBEAT_SECONDS,
+        lease_seconds=4 * HEARTBEAT_SECONDS,
         growth_quantile=defaults.growth_quantile if growth_quantile is None else growth_quantile,
     )
 

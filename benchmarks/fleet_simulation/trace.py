@@ -76,10 +76,11 @@ class Scenario:
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("busy", load=0.85),
+        Scenario("busy", load=0.95),
+        Scenario("moderate", load=0.85),
         Scenario("light", load=0.4),
         Scenario("overload", load=1.3),
-        Scenario("busy-reserving", load=0.85, reserve_growth=True),
+        Scenario("busy-reserving", load=0.95, reserve_growth=True),
     )
 }
 
