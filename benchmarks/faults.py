@@ -37,7 +37,7 @@ class ProcessFault:
         if not found:
             raise LookupError(f"no process of the fleet is named {self.pattern}")
         victim = max(found, key=lambda process: process.create_time())
-        name = title(victim)
+        name = Path(title(victim).split()[0]).name  # no folder of this machine
         if self.stopped_seconds is None:
             victim.kill()
             return name

@@ -116,9 +116,13 @@ class ReplicaTable:
         """Which of the rows have room, at every horizon, for a request that is expected to use so much on each of
         `kinds` ([kinds, horizons])."""
         kind = self.kind[rows]
-        here = Use(self.expected[rows], self.variance[rows], self.most[rows])
+        # Room for the most that it may ever use is room enough; sums over horizons are for those that lack it.
+        fits: NDArray[np.bool_] = self.headroom[rows] >= of_kind.most.max(axis=1)[kind]
+        near = np.flatnonzero(~fits)
+        kind = kind[near]
+        here = Use(self.expected[rows][near], self.variance[rows][near], self.most[rows][near])
         together = here + Use(of_kind.mean[kind], of_kind.variance[kind], of_kind.most[kind])
-        fits: NDArray[np.bool_] = together.to_keep(margin).max(axis=1) <= self.usable[rows] + ROUNDING
+        fits[near] = together.to_keep(margin).max(axis=1) <= self.usable[rows][near] + ROUNDING
         return fits
 
     def _set(self, names: list[str], rows: NDArray[np.void]) -> None:
