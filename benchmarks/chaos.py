@@ -7,6 +7,7 @@ load ends, no block, no reservation and no process left over.
 """
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import Counter
@@ -21,13 +22,14 @@ import httpx
 from benchmarks.faults import DISK_FULL, FAULTS, NODE_REMOVED, Family, Fault, family_here, title, two_nodes
 from benchmarks.machine import machine
 from deploy.fleet import running_fleet
+from deploy.keys import key_header
 from deploy.settings import FleetSettings, load_settings
 
 CLIENTS = 4
 TOKENS = 200
 BEFORE_SECONDS = 5.0
 HUNG_SECONDS = 120.0
-"""No byte for so long is a hang: longer than any queue's deadline here, and than Ray takes to miss a process."""
+"""No byte for so long is a hang: so few clients never wait for each other, and Ray misses a process much sooner."""
 STEADY_SECONDS = 8.0
 """The fleet has recovered when it was whole for so long; what counts is when that began."""
 RECOVERY_SECONDS = 300.0
@@ -83,7 +85,7 @@ async def strike(url: str, model: str, replicas: int, family: Family, fault: Fau
     is_on = True
 
     async def client() -> None:
-        async with httpx.AsyncClient(timeout=HUNG_SECONDS) as http:
+        async with httpx.AsyncClient(timeout=HUNG_SECONDS, headers=key_header()) as http:
             while is_on:
                 outcome = await _request(http, url, model)
                 outcomes.append(outcome)
@@ -139,6 +141,8 @@ async def _request(http: httpx.AsyncClient, url: str, model: str) -> Outcome:
         return Outcome(End.HUNG, is_streamed, f"no byte for {HUNG_SECONDS:g} s")
     except httpx.HTTPError as error:
         return Outcome(End.VISIBLE, is_streamed, type(error).__name__)
+    except ValueError:
+        return Outcome(End.SILENT, is_streamed, "a clean end within a line")
     if is_done and tokens == TOKENS:
         return Outcome(End.WHOLE, True)
     return Outcome(End.SILENT, is_streamed, f"a clean end after {tokens} of {TOKENS} tokens")
@@ -148,7 +152,7 @@ async def _recovered(url: str, model: str, replicas: int) -> float | None:
     """When the fleet began to be whole for STEADY_SECONDS; None if it does not."""
     deadline = time.monotonic() + RECOVERY_SECONDS
     since: float | None = None
-    async with httpx.AsyncClient(timeout=10) as http:
+    async with httpx.AsyncClient(timeout=10, headers=key_header()) as http:
         while (now := time.monotonic()) < deadline:
             if not await _is_whole(http, url, model, replicas):
                 since = None
@@ -161,7 +165,7 @@ async def _recovered(url: str, model: str, replicas: int) -> float | None:
 
 
 async def _is_whole(http: httpx.AsyncClient, url: str, model: str, replicas: int) -> bool:
-    """Every replica reports, and a request is placed by the coordinator: then its usage says what it took."""
+    """Every replica reports to the coordinator and is reached by the router, and a request is answered."""
     try:
         known = (await http.get(f"{url}/fleet")).json()["replicas"]
         if sum(replica["fresh"] and replica["reachable"] for replica in known) != replicas:
@@ -173,17 +177,21 @@ async def _is_whole(http: httpx.AsyncClient, url: str, model: str, replicas: int
         return False
 
 
-async def settled(url: str) -> tuple[int, int]:
-    """(blocks, reservations) still held when the load has ended and some time has passed."""
+async def settled(url: str) -> tuple[int | None, int | None]:
+    """(blocks, reservations) still held when the load has ended and some time has passed; None where the fleet does not
+    tell."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    async with httpx.AsyncClient(timeout=30) as http:
-        while True:
-            known = (await http.get(f"{url}/fleet")).json()["replicas"]
-            held = sum(replica["engine"]["total_blocks"] - replica["engine"]["free_blocks"] for replica in known)
-            reserved = sum(replica["reservations"] for replica in known)
-            if (held == 0 and reserved == 0) or time.monotonic() > deadline:
-                return held, reserved
+    held: int | None = None
+    reserved: int | None = None
+    async with httpx.AsyncClient(timeout=30, headers=key_header()) as http:
+        while time.monotonic() < deadline and not held == reserved == 0:
             await asyncio.sleep(0.5)
+            held = reserved = None
+            with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
+                known = (await http.get(f"{url}/fleet")).json()["replicas"]
+                held = sum(replica["engine"]["total_blocks"] - replica["engine"]["free_blocks"] for replica in known)
+                reserved = sum(replica["reservations"] for replica in known)
+    return held, reserved
 
 
 def _census(family: Family) -> Counter[str]:

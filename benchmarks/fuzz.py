@@ -22,6 +22,7 @@ from schemathesis import GenerationMode
 from benchmarks.chaos import settled
 from benchmarks.machine import machine
 from deploy.fleet import running_fleet
+from deploy.keys import key_header
 from deploy.settings import load_settings
 
 CLIENTS = 6
@@ -29,6 +30,7 @@ HUNG_SECONDS = 120.0
 LEAVES_SECONDS = 0.05
 MEANT = frozenset({501, 503})
 """Not implemented, and a full or starting fleet, which says when to come back."""
+ROUTER_FAILED = "x-serve-reason"
 EXAMPLES_KEPT = 20
 
 _CHAT = [{"role": "user", "content": "hi"}]
@@ -56,7 +58,7 @@ async def attack(url: str, cases: int, seed: int) -> dict[str, Any]:
     """Send so many hostile requests to a fleet that runs, and wait until it is idle again."""
     statuses: Counter[str] = Counter()
     examples: list[dict[str, str]] = []
-    async with httpx.AsyncClient(base_url=url, timeout=HUNG_SECONDS) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=HUNG_SECONDS, headers=key_header()) as http:
         document = (await http.get("/openapi.json")).json()
         requests = iter(await asyncio.to_thread(_cases, document, cases, seed))
 
@@ -82,7 +84,7 @@ async def attack(url: str, cases: int, seed: int) -> dict[str, Any]:
 
 
 def _is_unexpected(status: str) -> bool:
-    return status == "broken" or (status.startswith("5") and int(status) not in MEANT)
+    return status in ("broken", "router failed") or (status.startswith("5") and int(status) not in MEANT)
 
 
 async def _send(http: httpx.AsyncClient, path: str, body: bytes, leaves: bool) -> tuple[str, str]:
@@ -94,7 +96,8 @@ async def _send(http: httpx.AsyncClient, path: str, body: bytes, leaves: bool) -
                 await request
             return "left", ""
         answer = await request
-        return str(answer.status_code), answer.text
+        # HAProxy's words for a router that answered with an error: not the 503 that is meant.
+        return "router failed" if ROUTER_FAILED in answer.headers else str(answer.status_code), answer.text
     except TimeoutError:
         return "left", ""
     except httpx.ReadTimeout:

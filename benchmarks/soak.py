@@ -6,6 +6,7 @@ back.
 """
 
 import asyncio
+import contextlib
 import math
 import re
 import time
@@ -20,10 +21,12 @@ import numpy as np
 import psutil
 
 import bundled
+from benchmarks.chaos import settled
 from benchmarks.machine import machine
 from deploy import metrics
 from deploy.demo import Scrape
 from deploy.fleet import running_fleet
+from deploy.keys import key_header
 from deploy.load import Outcome, mixed_load, run_load
 from deploy.settings import FleetSettings, load_settings
 
@@ -31,7 +34,6 @@ WAVE, CONCURRENCY = 24, 12
 SAMPLE_SECONDS = 2.0
 WARM_UP = 0.4
 """Share of the time before memory counts: engines and Ray fill their caches first."""
-SETTLE_SECONDS = 15.0
 MEGABYTE = 1 << 20
 
 
@@ -75,6 +77,15 @@ class Traces:
         return table
 
 
+@dataclass
+class Disturbances:
+    """What became of those who disturb."""
+
+    left: int = 0
+    refused: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
 def bench_soak(settings_file: Path, minutes: float) -> dict[str, Any]:
     """The figures of the command."""
     settings = load_settings(settings_file)
@@ -89,7 +100,7 @@ async def _soak(url: str, settings: FleetSettings, seconds: float) -> dict[str, 
     began = time.monotonic()
     watch = asyncio.create_task(_watch(traces, url, began))
     outcomes: list[Outcome] = []
-    disturbed: defaultdict[str, int] = defaultdict(int)
+    disturbed = Disturbances()
     for wave in count():
         if time.monotonic() - began >= seconds:
             break
@@ -101,17 +112,17 @@ async def _soak(url: str, settings: FleetSettings, seconds: float) -> dict[str, 
         outcomes += results
     lasted = time.monotonic() - began
     watch.cancel()
-    held, reserved = await _settled(url)
+    held, reserved = await settled(url)
     after = await asyncio.to_thread(_scrape, url)
-    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None] + disturbed.errors
     growth = traces.growth(lasted)
     return {
         "minutes": round(lasted / 60, 2),
-        "requests": len(outcomes) + sum(disturbed.values()),
+        "requests": len(outcomes) + disturbed.left + disturbed.refused + len(disturbed.errors),
         "requests_to_their_end": len(outcomes),
-        "clients_that_left": disturbed["left"],
-        "requests_to_be_refused": disturbed["refused"] + disturbed["accepted"],
-        "errors": len(errors) + disturbed["accepted"],
+        "clients_that_left": disturbed.left,
+        "requests_refused_as_they_must": disturbed.refused,
+        "errors": len(errors),
         "error_sentences": sorted(set(errors)),
         "output_tokens": sum(outcome.output_tokens for outcome in outcomes),
         "compactions": after.total(metrics.COMPACTIONS) - before.total(metrics.COMPACTIONS),
@@ -126,46 +137,46 @@ async def _soak(url: str, settings: FleetSettings, seconds: float) -> dict[str, 
 
 
 async def _watch(traces: Traces, url: str, began: float) -> None:
-    async with httpx.AsyncClient(timeout=30) as client:
+    async with httpx.AsyncClient(timeout=30, headers=key_header()) as client:
         while True:
             await asyncio.to_thread(traces.take, time.monotonic() - began)
-            text = (await client.get(f"{url}/metrics")).text
-            traces.series.append(sum(not line.startswith("#") for line in text.splitlines()))
+            with contextlib.suppress(httpx.HTTPError):  # the load itself tells whether the fleet answers
+                text = (await client.get(f"{url}/metrics")).raise_for_status().text
+                traces.series.append(sum(not line.startswith("#") for line in text.splitlines()))
             await asyncio.sleep(SAMPLE_SECONDS)
 
 
 def _scrape(url: str) -> Scrape:
-    return Scrape(httpx.get(f"{url}/metrics", timeout=30).text)
+    return Scrape(httpx.get(f"{url}/metrics", timeout=30, headers=key_header()).raise_for_status().text)
 
 
-async def _disturb(url: str, model: str, wave: int, counts: defaultdict[str, int]) -> None:
+async def _disturb(url: str, model: str, wave: int, ends: Disturbances) -> None:
     """Clients that leave after some of their stream, and requests that must be refused."""
-    async with httpx.AsyncClient(timeout=120, base_url=f"{url}/v1") as client:
+    async with httpx.AsyncClient(timeout=120, base_url=f"{url}/v1", headers=key_header()) as client:
         for number in range(4):
             messages = [{"role": "user", "content": bundled.demo_prompt(wave * 4 + number, 1800)}]
             body = {"model": model, "messages": messages, "max_tokens": 1800, "stream": True}
-            async with client.stream("POST", "/chat/completions", json=body) as response:
-                pieces = 0
-                async for _ in response.aiter_bytes():
-                    pieces += 1
-                    if pieces > 20 * number:
-                        break
-            counts["left"] += 1
+            try:
+                async with client.stream("POST", "/chat/completions", json=body) as response:
+                    response.raise_for_status()
+                    pieces = 0
+                    async for _ in response.aiter_bytes():
+                        pieces += 1
+                        if pieces > 20 * number:
+                            break
+                ends.left += 1
+            except httpx.HTTPError as error:
+                ends.errors.append(f"a client that was to leave: {error!r}")
             for wrong in ({**body, "max_tokens": 10**9}, {**body, "model": "none"}, {**body, "messages": "none"}):
-                status = (await client.post("/chat/completions", json=wrong)).status_code
-                counts["refused" if 400 <= status < 500 else "accepted"] += 1
-
-
-async def _settled(url: str) -> tuple[int, int]:
-    """(blocks, reservations) still held when everything has ended and some seconds have passed."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while True:
-        scrape = await asyncio.to_thread(_scrape, url)
-        held = scrape.total(metrics.TOTAL_BLOCKS) - scrape.total(metrics.FREE_BLOCKS)
-        reserved = scrape.total(metrics.RESERVATIONS)
-        if (held == 0 and reserved == 0) or time.monotonic() > deadline:
-            return held, reserved
-        await asyncio.sleep(0.5)
+                try:
+                    status = (await client.post("/chat/completions", json=wrong)).status_code
+                except httpx.HTTPError as error:
+                    ends.errors.append(f"a request that was to be refused: {error!r}")
+                    continue
+                if 400 <= status < 500:
+                    ends.refused += 1
+                else:
+                    ends.errors.append(f"a request that was to be refused: {status}")
 
 
 def _name(process: psutil.Process) -> str:

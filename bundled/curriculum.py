@@ -94,7 +94,6 @@ class Curriculum:
             for place in random.sample(ends, min(random.randint(1, 2), len(ends))):
                 jumps[place] = int(LONGEST_JUMP ** random.random())
         positions, offset = [], 0
-        place = 0
         for place in range(len(ids)):
             positions.append(place + offset)
             offset += jumps.get(place, 0)

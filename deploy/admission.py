@@ -161,7 +161,6 @@ class Admission:
     def remove_replica(self, replica: str, now: float) -> list[Decision]:
         """The replica is gone: its bookings end, its series disappear, late reports of it are ignored."""
         self._ledger.remove(replica, now)
-        self._usage.remove(replica)
         self._placements.pop(replica, None)
         return self._serve(now)
 

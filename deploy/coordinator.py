@@ -21,6 +21,7 @@ from deploy.messages import CapacityReport, Decision, DecisionPair, Demand, Flee
 from deploy.settings import CoordinatorSettings
 from deploy.snapshot import FleetSnapshot
 from deploy.tiers import Tier
+from replicas.access import DEFAULT_TIER
 from replicas.link import Address
 from replicas.ray_export import RayExport
 from replicas.reporter import SHORTEST_INTERVAL_SECONDS
@@ -31,6 +32,7 @@ NAME = "coordinator"
 NAMESPACE = "trifleet"
 
 TICK_SECONDS = 0.1
+STOOD_STILL_SECONDS = 0.5
 # Serve replaces a replica that fails its health checks long before: one that is silent for so long is dead.
 GONE_AFTER_SECONDS = 120.0
 # Routers tell four times a second; one that is silent for so long has no say in where requests go.
@@ -53,8 +55,8 @@ class Coordinator:
         wanted_replicas: int = 0,
     ) -> None:
         self._model = model
-        self._settings = settings
         self._tiers = dict(tiers or {})
+        self._made_with = (settings, model, self._tiers, wanted_replicas)
         self._admission = Admission(settings, tiers=self._tiers)
         self._wanted_replicas = wanted_replicas
         self._started_at = time.time()
@@ -72,11 +74,11 @@ class Coordinator:
     async def runs_with(
         self, settings: CoordinatorSettings, model: str, tiers: Mapping[str, Tier], wanted_replicas: int
     ) -> bool:
-        mine = (self._settings, self._model, self._tiers, self._wanted_replicas)
-        return mine == (settings, model, dict(tiers), wanted_replicas)
+        return self._made_with == (settings, model, dict(tiers), wanted_replicas)
 
     async def address(self) -> Address:
         """Where routers and replicas reach it (`replicas.link`)."""
+        self._start_ticking()
         if self._listening is None:
             calls: Calls = {
                 "acquire": (tuple[Demand, str | None], self._acquire),
@@ -103,6 +105,7 @@ class Coordinator:
 
         `failed`: the reservation under which a replica failed this request before it answered anything.
         """
+        demand = replace(demand, tier=self._known(demand.tier))
         if self._admission.has_too_many(demand):
             # Its last one may have ended just now: the next report tells.
             await asyncio.sleep(2 * SHORTEST_INTERVAL_SECONDS)
@@ -123,7 +126,6 @@ class Coordinator:
             self._waiting.pop(demand.reservation, None)
 
     async def report(self, report: CapacityReport) -> None:
-        self._start_ticking()
         self._deliver(self._admission.observe(report, time.monotonic()))
 
     async def release(self, reservation: str) -> None:
@@ -134,7 +136,8 @@ class Coordinator:
 
     async def count_router(self, refused: Mapping[tuple[str, str], int], placed: Mapping[str, int]) -> bool:
         """What the router did by itself since it last told: refusals by tier and reason, placements by replica."""
-        self._refused_by_router.update(refused)
+        for (tier, reason), count in refused.items():
+            self._refused_by_router[self._known(tier), reason] += count
         self._placed_by_router.update(placed)
         return True
 
@@ -182,6 +185,10 @@ class Coordinator:
             started_at=self._started_at,
         )
 
+    def _known(self, tier: str) -> str:
+        """A router that still runs with former settings may name a tier that is no more."""
+        return tier if tier in self._tiers else DEFAULT_TIER
+
     def _deliver(self, decisions: list[Decision]) -> None:
         for decision in decisions:
             future = self._waiting.get(decision.reservation)
@@ -189,7 +196,7 @@ class Coordinator:
                 future.set_result(decision)
 
     def _start_ticking(self) -> None:
-        """Begun by the first report: a Ray actor's constructor is no place to start a task."""
+        """Begun by the first who asks where it is: a Ray actor's constructor is no place to start a task."""
         if self._ticking is None:
             self._ticking = asyncio.create_task(self._tick())
             self._ticking.add_done_callback(_end_if_failed)
@@ -197,9 +204,15 @@ class Coordinator:
             self._exporting = asyncio.create_task(export.run())
 
     async def _tick(self) -> None:
+        is_late = False
         while True:
+            began = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()
+            # This process stood still: what others sent meanwhile is heard before anyone counts as silent.
+            is_late = not is_late and now - began > STOOD_STILL_SECONDS
+            if is_late:
+                continue
             self._deliver(self._admission.tick(now))
             for replica in self._admission.gone(now, GONE_AFTER_SECONDS):
                 self._deliver(self._admission.remove_replica(replica, now))

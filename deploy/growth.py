@@ -8,8 +8,8 @@ that were seen lately, and never more than its bound:
 
     tokens from now          0     64    128    ...  never ends
     blocks if it runs        3      5      7            8
-    still runs               1     .8     .5            0
-    expected                 3      4    3.5            0
+    still runs               1     .8     .5          .01 (one more than was seen outlives them all)
+    expected                 3      4    3.5          .08
 
 Sums of means and variances over a replica's requests say what it takes to have room for them at every horizon. While
 nothing is known of a request or of its like, it counts as never ending: its whole bound is booked.

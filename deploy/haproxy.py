@@ -114,6 +114,7 @@ def write_wrapper(folder: Path, loopback: Sequence[int]) -> Path:
     """
     error_file = folder / "unavailable.http"
     error_file.write_bytes(_UNAVAILABLE)
+    Path(f"{error_file}.json").write_text(_BODY)
     ports = ",".join(map(str, loopback))
     values = (sys.executable, "-ISE", haproxy_wrapper.__file__, ports, error_file, get_haproxy_binary())
     wrapper = folder / "haproxy"

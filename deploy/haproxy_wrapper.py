@@ -43,6 +43,7 @@ _FRONTEND_RULES = f"""\
 _ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"
 _PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .*)?\n)+", re.MULTILINE)
 _NO_APPLICATION = re.compile(r"(?<=^backend default_backend\n)    http-request return status 404 .*$", re.MULTILINE)
+_FAILED_ANSWER = re.compile(r'return status 503 content-type text/plain lf-string ".*?"(?= hdr X-Serve-Reason )')
 _UNREACHABLE = "{ var(txn.ingress_request_router_failed) -m str router_unreachable }"
 
 
@@ -63,6 +64,10 @@ def adjusted(config: str, loopback: list[int], socket: str, error_file: str) -> 
     config = config[: frontend.end()] + rules + config[frontend.end() :]
     if _ROUTER_FAILED in config:
         config = _replaced(config, _ROUTER_FAILED, f"{_ROUTER_FAILED} !{_UNREACHABLE}")
+        answer = f"return status 503 content-type application/json file {error_file}.json hdr Retry-After 1"
+        config, times = re.subn(_FAILED_ANSWER, answer, config)
+        if times != 1:
+            raise ValueError("HAProxy's configuration answers otherwise for its router: this Ray is not the pinned one")
     return re.sub(_PINNED_BACKEND, lambda found: _only_pinned(found.group(), socket), config)
 
 

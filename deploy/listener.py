@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from replicas.link import Address, decoder, frame, read_frame
+from replicas.link import SILENT_SECONDS, Address, decoder, frame, notice_a_lost_machine, read_frame
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,8 +44,11 @@ class Listener:
     async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         calls: set[asyncio.Task[None]] = set()
         self._connections.add(writer)
+        notice_a_lost_machine(writer)
         try:
-            if not hmac.compare_digest(await reader.readexactly(TOKEN_BYTES), self._token):
+            async with asyncio.timeout(SILENT_SECONDS):
+                token = await reader.readexactly(TOKEN_BYTES)
+            if not hmac.compare_digest(token, self._token):
                 return
             while True:
                 call = asyncio.create_task(self._answer(writer, *_CALL.decode(await read_frame(reader))))

@@ -171,7 +171,7 @@ class Router:
         try:
             pair: DecisionPair | None = await self._ask(DecisionPair, "acquire", demand, failed)
         except asyncio.CancelledError:
-            # The client has left the queue. Serve cancels this task; the coordinator waits in another process.
+            # HAProxy waits for it no longer, so Serve cancels this task; in the coordinator it would wait on.
             self._in_background(self._ask(None, "release", demand.reservation))
             raise
         decision = None if pair is None else pair[0] or pair[1]
@@ -195,7 +195,7 @@ class Router:
                     reachable = frozenset(ReplicaID.from_full_id_str(name).unique_id for name in names)
                     for replica in await self._ask(list[str], "listed", self._node, reachable) or ():
                         self._in_background(self._probe(replica))
-            except (OSError, TimeoutError):
+            except OSError:
                 continue  # HAProxy starts anew
             except Exception:
                 # This loop has no caller, and must not end while the router serves.

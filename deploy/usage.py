@@ -1,36 +1,42 @@
 """What every tier has used so far: sums of what the replicas count, kept when a replica goes."""
 
+from collections.abc import Mapping
+
 from deploy.messages import CapacityReport, Pace, TierUsage
+
+# More than report at once: whoever is that long silent is gone.
+REMEMBERED_ENGINES = 20_000
 
 
 class UsageBook:
-    """Replicas report totals since their engine's start, so the newest report of each says everything."""
+    """Replicas report totals since their engine's start, so the newest report of each engine says everything: of one
+    that is gone, too, and of one that counted as gone and comes back."""
 
     def __init__(self) -> None:
-        self._current: dict[str, tuple[str, dict[str, TierUsage]]] = {}
-        """Replica -> its epoch and its totals by tier."""
-        self._past: dict[str, TierUsage] = {}
-        """Of engines that are gone."""
+        self._engines: dict[tuple[str, str], dict[str, TierUsage]] = {}
+        """(replica, epoch) -> its totals by tier, the last heard of last."""
+        self._before: dict[str, TierUsage] = {}
+        """Of so many engines ago that none of them comes back."""
 
     def observe(self, report: CapacityReport) -> None:
         """Take a report that the ledger has found to be newer than the last."""
-        last = self._current.get(report.replica)
-        if last is not None and last[0] != report.epoch:
-            self.remove(report.replica)
-        self._current[report.replica] = (report.epoch, report.tiers)
-
-    def remove(self, replica: str) -> None:
-        _, totals = self._current.pop(replica, ("", {}))
-        for tier, usage in totals.items():
-            self._past[tier] = _sum(self._past.get(tier, TierUsage()), usage)
+        engine = (report.replica, report.epoch)
+        self._engines.pop(engine, None)
+        self._engines[engine] = report.tiers
+        if len(self._engines) > REMEMBERED_ENGINES:
+            _add(self._before, self._engines.pop(next(iter(self._engines))))
 
     def totals(self) -> dict[str, TierUsage]:
         """By tier, over all engines that ever reported."""
-        totals = dict(self._past)
-        for _, tiers in self._current.values():
-            for tier, usage in tiers.items():
-                totals[tier] = _sum(totals.get(tier, TierUsage()), usage)
+        totals = dict(self._before)
+        for tiers in self._engines.values():
+            _add(totals, tiers)
         return totals
+
+
+def _add(totals: dict[str, TierUsage], tiers: Mapping[str, TierUsage]) -> None:
+    for tier, usage in tiers.items():
+        totals[tier] = _sum(totals.get(tier, TierUsage()), usage)
 
 
 def _sum(one: TierUsage, other: TierUsage) -> TierUsage:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from pydantic import BaseModel
 
-# A coordinator whose machine is lost says nothing any more: after so long it counts as gone.
+# Whose machine is lost says nothing any more: after so long it counts as gone.
 SILENT_SECONDS = 10
 PATIENT_SECONDS = 1.0
 """For so long from its beginning an attempt to connect is waited for."""
@@ -50,6 +50,15 @@ def frame(message: Any) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
+def notice_a_lost_machine(writer: asyncio.StreamWriter) -> None:
+    """The connection ends when its other end has been silent for SILENT_SECONDS, which no process decides."""
+    known = writer.get_extra_info("socket")
+    known.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    known.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS // 2)
+    known.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    known.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
+
+
 async def read_frame(stream: asyncio.StreamReader) -> bytes:
     return await stream.readexactly(int.from_bytes(await stream.readexactly(4), "big"))
 
@@ -76,9 +85,10 @@ class Link:
     async def call(self, kind: Any, method: str, *arguments: Any) -> Any:
         """The answer, of type `kind`. Raises OSError where the coordinator is gone, CallError where it failed, and what
         `find` raises."""
-        if self._connection is None or self._connection.is_lost:
-            self._connection = await self._connected()
-        return decoder(kind).decode(await self._connection.call(method, arguments))
+        connection = self._connection
+        if connection is None or connection.is_lost:
+            connection = await self._connected()
+        return decoder(kind).decode(await connection.call(method, arguments))
 
     async def _connected(self) -> "_Connection":
         """A new connection. Who calls in an attempt's first moment waits for it; then no call waits until it succeeds:
@@ -95,7 +105,10 @@ class Link:
             raise ConnectionError("the coordinator is not to be reached yet") from None
 
     async def _connect(self) -> "_Connection":
-        return await _Connection.open(await self._find())
+        address = await self._find()
+        async with asyncio.timeout(SILENT_SECONDS):
+            self._connection = await _Connection.open(address)
+        return self._connection
 
     def close(self) -> None:
         """Calls that wait fail; a later one connects anew."""
@@ -115,15 +128,13 @@ class _Connection:
     @classmethod
     async def open(cls, address: Address) -> "_Connection":
         reader, writer = await asyncio.open_connection(address.host, address.port)
-        known = writer.get_extra_info("socket")
-        known.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        known.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS // 2)
-        known.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-        known.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
+        notice_a_lost_machine(writer)
         writer.write(address.token)
         return cls(reader, writer)
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> msgspec.Raw:
+        if self.is_lost:
+            raise ConnectionResetError("the coordinator has closed the connection")
         number = next(self._numbers)
         pending = self._pending[number] = asyncio.get_running_loop().create_future()
         try:

@@ -25,7 +25,7 @@ def held_out(task: str, seed: int, low: int, high: int) -> Instance:
 def instance(series: str, task: str, seed: int, low: int, high: int) -> Instance:
     """Instance number `seed` of a task in a series of its own, with a reply of `low` to `high` tokens.
 
-    A search of the largest trees takes about 850 tokens, of the largest small-world graphs 1,400 and of random ones
+    A search of the largest trees takes up to 940 tokens, of the largest small-world graphs 1,400 and of random ones
     2,400: the family is one that can come that far, and by turns where several can. Raises ValueError where no reply of
     such a length is found.
     """

@@ -10,6 +10,7 @@ import pytest
 from deploy.coordinator import WITHOUT_COORDINATOR, Coordinator
 from deploy.messages import CapacityReport, Demand, Placement, Refusal, ReplicaLimits
 from deploy.settings import CoordinatorSettings
+from deploy.tiers import Tier
 from triattention.report import EngineReport
 
 SETTINGS = CoordinatorSettings(queue_length=1, queue_deadline_seconds=0.3, stale_report_seconds=60)
@@ -46,6 +47,7 @@ async def test_a_queued_request_gets_its_place_when_a_report_tells_of_the_end_be
 
 async def test_a_queued_request_is_refused_at_its_deadline_by_the_clock_alone() -> None:
     coordinator = Coordinator(SETTINGS, "m")
+    await coordinator.address()  # which starts the clock
     await coordinator.report(report(1, free=10))
     await coordinator.acquire(demand("a"))
     decision = await asyncio.wait_for(coordinator.acquire(demand("b")), 1)
@@ -53,12 +55,20 @@ async def test_a_queued_request_is_refused_at_its_deadline_by_the_clock_alone() 
     assert decision.status == 503
 
 
+async def test_a_coordinator_to_which_no_replica_reports_refuses_at_the_deadline() -> None:
+    coordinator = Coordinator(SETTINGS, "m")
+    await coordinator.address()
+    decision = await asyncio.wait_for(coordinator.acquire(demand("a")), 1)
+    assert isinstance(decision, Refusal)
+    assert (decision.status, decision.reason) == (503, "no_replica")
+
+
 async def test_a_coordinator_whose_clock_fails_ends_and_does_not_go_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     monkeypatch.setattr("os._exit", ended.set_result)
     coordinator = Coordinator(SETTINGS, "m")
     monkeypatch.setattr(coordinator._admission, "tick", lambda now: 1 / 0)
-    await coordinator.report(report(1, free=10))
+    await coordinator.address()
     assert await asyncio.wait_for(ended, 1) == 1
 
 
@@ -75,7 +85,6 @@ async def test_a_caller_that_goes_away_leaves_the_queue() -> None:
 
 
 async def test_a_queued_request_that_is_released_waits_no_longer() -> None:
-    """A router whose client has left the queue cannot cancel the call that waits: Ray does not carry that over."""
     coordinator = Coordinator(SETTINGS, "m")
     await coordinator.report(report(1, free=10))
     await coordinator.acquire(demand("a"))
@@ -100,6 +109,25 @@ async def test_what_the_router_did_alone_is_in_the_metrics_of_replicas_that_exis
     assert fleet["placements"]["r1"][WITHOUT_COORDINATOR] == 6
     page = (await coordinator.metrics()).decode()
     assert 'trifleet_placements_total{model="m",reason="without_coordinator",replica="r1"} 6.0' in page
+
+
+async def test_a_tier_that_the_settings_have_lost_is_the_default_one() -> None:
+    """A router lives on for some time after a new coordinator has come with other settings."""
+    coordinator = Coordinator(SETTINGS, "m", {"silver": Tier()})
+    await coordinator.report(report(1, free=10))
+    await coordinator.count_router(Counter({("gold", "bad_request"): 2, ("silver", "bad_request"): 1}), Counter())
+    assert isinstance(await coordinator.acquire(replace(demand("a", 32), tier="gold")), Placement)
+    tiers = json.loads(await coordinator.status())["tiers"]
+    assert tiers["default"]["counts"]["rejections"]["bad_request"] == 2
+    assert tiers["default"]["counts"]["admissions"] == 1
+    assert tiers["silver"]["counts"]["rejections"]["bad_request"] == 1
+
+
+async def test_what_autoscaling_asks_for_is_no_change_of_settings() -> None:
+    coordinator = Coordinator(SETTINGS, "m", {}, wanted_replicas=2)
+    await coordinator.load(5)
+    assert await coordinator.runs_with(SETTINGS, "m", {}, 2)
+    assert not await coordinator.runs_with(SETTINGS, "m", {}, 3)
 
 
 async def test_a_request_that_comes_back_is_placed_anew_and_counted() -> None:

@@ -89,7 +89,8 @@ class Router:
         self.asked.append(headers)
         number = len(self.asked)
         answer = {"replica_id": self.turns[number - 1], "request_headers": {RESERVATION: f"rsv{number}"}}
-        writer.write(response(json.dumps(answer).encode()))
+        is_broken = self.turns[number - 1] == "broken"
+        writer.write(response(json.dumps(answer).encode(), "500 Internal Server Error" if is_broken else "200 OK"))
         await writer.drain()
         writer.close()
 
@@ -177,6 +178,14 @@ async def test_a_second_failure_is_not_retried_and_the_client_gets_a_sentence(se
     assert answer.headers["retry-after"] == "1"
     assert "send it again" in answer.json()["error"]["message"]
     assert setup.replicas["c"].seen == []
+
+
+async def test_a_router_that_fails_is_told_from_a_full_fleet_and_the_client_gets_a_sentence(setup: Setup) -> None:
+    setup.script(["broken"])
+    answer = await setup.post()
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "send it again" in answer.json()["error"]["message"]
+    assert answer.headers["x-serve-reason"]
 
 
 async def test_a_replica_that_dies_in_the_middle_leaves_a_broken_transfer_and_is_not_replayed(setup: Setup) -> None:

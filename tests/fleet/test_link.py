@@ -1,6 +1,8 @@
 """The wire between routers, replicas and the coordinator, over real sockets."""
 
 import asyncio
+import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -150,6 +152,43 @@ async def test_while_a_coordinator_is_being_started_calls_do_not_wait_for_it(ser
     is_there.set()
     await asyncio.sleep(0.1)
     assert await link.call(int, "same", 2) == 2
+
+
+async def test_an_attempt_that_took_long_is_used_and_none_is_made_beside_it(serve: Serve) -> None:
+    address = await serve(same=(tuple[int], same))
+    finds = 0
+
+    async def find() -> Address:
+        nonlocal finds
+        finds += 1
+        await asyncio.sleep(1.3 * PATIENT_SECONDS)
+        return address
+
+    link = Link(find)
+    with pytest.raises(ConnectionError, match="not to be reached"):
+        await link.call(int, "same", 1)
+    await asyncio.sleep(0.5 * PATIENT_SECONDS)
+    assert await link.call(int, "same", 2) == 2
+    assert finds == 1
+
+
+async def test_a_coordinator_that_stood_still_hears_the_reports_that_wait_before_leases_end() -> None:
+    coordinator = Coordinator(CoordinatorSettings(lease_seconds=0.5), "m")
+    link = Link(coordinator.address)
+    await link.call(None, "report", report(1, free=10))
+    placed, _ = await link.call(DecisionPair, "acquire", demand("a"), None)
+    held = replace(report(2, free=9), held_blocks={"a": 1})
+    await link.call(None, "report", held)
+    await asyncio.sleep(0.25)
+    sent = asyncio.create_task(link.call(None, "report", replace(held, sequence=3)))
+    await asyncio.sleep(0)
+    time.sleep(1)  # noqa: ASYNC251 - the whole process stands still, event loop included
+    await sent
+    await asyncio.sleep(0.2)
+    (known,) = json.loads(await link.call(bytes, "status"))["replicas"]
+    # Booked anew as a stranger it would have the bound of a request that fills the pool.
+    assert (placed.replica, known["reservations"], known["headroom_blocks"]) == ("r1", 1, 0)
+    assert json.loads(await link.call(bytes, "status"))["lease_expirations"] == 0
 
 
 async def test_a_router_that_dies_leaves_nobody_in_the_queue() -> None:

@@ -27,5 +27,20 @@ def test_nothing_is_lost_when_an_engine_starts_anew_or_a_replica_goes():
     book.observe(say("a", 5))
     book.observe(say("a", 1, epoch="second"))
     book.observe(say("b", 2))
-    book.remove("b")
     assert book.totals()["gold"].requests == 8
+
+
+def test_an_engine_that_counted_as_gone_and_comes_back_counts_once():
+    book = UsageBook()
+    for made in (say("a", 5), say("a", 1, epoch="second"), say("a", 6)):
+        book.observe(made)
+    assert book.totals()["gold"].requests == 7
+
+
+def test_the_oldest_of_many_engines_still_count(monkeypatch):
+    monkeypatch.setattr("deploy.usage.REMEMBERED_ENGINES", 3)
+    book = UsageBook()
+    for number in range(10):
+        book.observe(say("a", 1, epoch=str(number)))
+    book.observe(say("a", 2, epoch="8"))
+    assert book.totals()["gold"].requests == 11
