@@ -138,7 +138,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     ways = [way for way in WAYS if way.name in figures["ways"]]
     of = [figures["ways"][way.name] for way in ways]
@@ -166,6 +166,8 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         preemptions.annotate(f" {number:,}", (number, place), va="center", fontsize=9)
     preemptions.set(xlabel="preemptions", title="Lost their memory, computed anew")
     preemptions.margins(x=0.18)
+    preemptions.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    preemptions.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     for axes in (shares, preemptions):
         axes.set_yticks(places, titles)
         axes.invert_yaxis()
@@ -180,7 +182,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
         axes.axhline(1, color="grey", linewidth=0.6)
         axes.grid(alpha=0.3)
-    short.legend(fontsize=8, loc="lower left")
+    figure.legend(*short.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
