@@ -151,7 +151,7 @@ PAGES: dict[Path, Tables] = {
         "trace": trace,
         "start": start,
     },
-    DOCS / "quality.md": {"quality": quality},
+    DOCS / "quality.md": {"quality": quality, "quality-200": quality, "quality-quick": quality},
 }
 
 
