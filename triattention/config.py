@@ -26,8 +26,8 @@ class CompressionConfig(BaseModel):
         0, ge=0, description="first tokens of the sequence that are never evicted, also with prompt: compress"
     )
     selection: Selection = Field(
-        "per_head",
-        description="per_head: a head's kept set is shared by all layers; per_layer_per_head: it is not",
+        "per_layer_per_head",
+        description="per_layer_per_head: every layer keeps its own set; per_head: a head's is shared by all layers",
     )
     segments: int = Field(
         1,

@@ -22,7 +22,7 @@ from triattention.config import CompressionConfig
 
 POLICIES = (
     "triattention",
-    "triattention:selection=per_layer_per_head",
+    "triattention:selection=per_head",
     "random",
     "streaming",
     "key_norm",
@@ -30,8 +30,8 @@ POLICIES = (
 )
 BUDGETS = (128, 256, 320, 448)
 QUICK_CELLS = (
-    ("triattention:selection=per_layer_per_head", 320),
-    ("triattention:selection=per_layer_per_head", 448),
+    ("triattention", 320),
+    ("triattention", 448),
     ("random", 448),
 )
 QUICK_INSTANCES = 24
