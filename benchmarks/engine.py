@@ -37,7 +37,7 @@ from benchmarks.models import Model, Name, model
 from triattention.bounds import cdiv
 from triattention.config import CompressionConfig
 from triattention.report import REPORT_KEY, EngineReport
-from triattention.vllm import engine_arguments
+from triattention.vllm import engine_arguments, on_this_machine
 
 BLOCK_SIZE = 32
 SIDES = ("plain", "ours")
@@ -112,7 +112,6 @@ class Side:
             "max_model_len": max(4096, load.output_tokens + 192),
             "block_size": BLOCK_SIZE,
             "num_gpu_blocks_override": load.pool_tokens // BLOCK_SIZE,
-            "kv_cache_memory_bytes": 1 << 28,  # not what is allocated, but vLLM sizes up the whole machine without it
             "max_num_seqs": load.requests,
             "max_num_batched_tokens": 2048,
             "enforce_eager": True,
@@ -121,7 +120,7 @@ class Side:
         if compression is not None:
             arguments |= engine_arguments(compression)
         self.client = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**arguments), stat_loggers=[lambda config, index: self.tap]
+            AsyncEngineArgs(**on_this_machine(arguments)), stat_loggers=[lambda config, index: self.tap]
         )
 
     async def run(self, load: Load, round_number: int) -> Round:

@@ -26,7 +26,7 @@ from benchmarks.machine import machine
 from deploy.fleet import running_fleet
 from deploy.haproxy import free_ports
 from deploy.settings import FleetSettings, load_settings
-from triattention.vllm import engine_arguments
+from triattention.vllm import engine_arguments, on_this_machine
 
 STREAMS, STREAM_TOKENS = 16, 600
 SINGLE_TOKENS = 4
@@ -113,7 +113,7 @@ async def _first_event(client: httpx.AsyncClient, url: str, body: dict[str, Any]
 def _vllm_server(settings: FleetSettings) -> Iterator[str]:
     """vLLM's own API server with the engine arguments of a replica."""
     (port,) = free_ports(1)
-    arguments = settings.engine_arguments() | engine_arguments(settings.compression)
+    arguments = on_this_machine(settings.engine_arguments()) | engine_arguments(settings.compression)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"

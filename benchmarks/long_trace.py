@@ -28,7 +28,7 @@ from benchmarks.engine import BLOCK_SIZE, SIDES
 from benchmarks.machine import machine
 from triattention.bounds import blocks_bound, cdiv
 from triattention.config import CompressionConfig
-from triattention.vllm import engine_arguments
+from triattention.vllm import engine_arguments, on_this_machine
 
 BUDGET, INTERVAL = 256, 128
 CHUNK = 2048
@@ -118,7 +118,6 @@ def _engine(tokens: int, blocks: int, compression: CompressionConfig | None) -> 
         "max_model_len": tokens,
         "block_size": BLOCK_SIZE,
         "num_gpu_blocks_override": blocks,
-        "kv_cache_memory_bytes": 1 << 28,  # not what is allocated, but vLLM sizes up the whole machine without it
         "max_num_seqs": 1,
         "max_num_batched_tokens": CHUNK,
         "enforce_eager": True,
@@ -127,4 +126,4 @@ def _engine(tokens: int, blocks: int, compression: CompressionConfig | None) -> 
     if compression is not None:
         arguments |= engine_arguments(compression)
         arguments["additional_config"]["triattention_reports"] = False
-    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    return LLMEngine.from_engine_args(EngineArgs(**on_this_machine(arguments)))

@@ -5,11 +5,15 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+
 
 def machine(*packages: str) -> dict[str, Any]:
-    """The processor's kind, cores, load average over the last minute, Python and the versions of `packages`."""
+    """The processor's kind, the vector instructions that PyTorch uses on it, cores, load average over the last minute,
+    Python and the versions of `packages`."""
     return {
         "processor": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load_average_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

@@ -158,7 +158,8 @@ PAGES: dict[Path, Tables] = {
 def machine_of(figures: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {figures[name]}" for name in ("vllm", "ray", "torch") if name in figures)
     load = figures.get("load_average_before")
-    about = [f"{figures['cores']} cores" if "cores" in figures else "", versions]
+    cores = f"{figures['cores']} cores" if "cores" in figures else ""
+    about = [" of ".join(filter(None, (cores, figures.get("instructions")))), versions]
     about.append("" if load is None else f"load average before the run {load}")
     return "; ".join(part for part in about if part)
 
