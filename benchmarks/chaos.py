@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -54,24 +54,27 @@ class Outcome:
     sentence: str = ""
 
 
-def bench_chaos(settings_file: Path, faults: Sequence[str]) -> dict[str, Any]:
-    """The figures of the command: one fleet, fault after fault; one of its own for what needs another machine."""
+def bench_chaos(settings_file: Path, faults: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The figures of the command so far, after every fault: one fleet, fault after fault; one of its own for what needs
+    another machine."""
     from benchmarks.small_disk import strike_on_a_small_disk
 
     settings = load_settings(settings_file)
-    about = machine("vllm", "ray", "torch")
-    rows = {}
+    rows: dict[str, Any] = {}
+    figures = machine("vllm", "ray", "torch") | {"clients": CLIENTS, "tokens_per_request": TOKENS, "faults": rows}
     if here := [name for name in faults if name in FAULTS]:
         with running_fleet(settings) as url:
             for name in here:
                 rows[name] = strike_here(url, settings, FAULTS[name])
+                yield figures
     if NODE_REMOVED in faults:
         start, node_removed = two_nodes()
         with running_fleet(settings, start_ray=start) as url:
             rows[NODE_REMOVED] = strike_here(url, settings, node_removed)
+            yield figures
     if DISK_FULL in faults:
         rows[DISK_FULL] = strike_on_a_small_disk(settings_file)
-    return about | {"clients": CLIENTS, "tokens_per_request": TOKENS, "faults": rows}
+        yield figures
 
 
 def strike_here(url: str, settings: FleetSettings, fault: Fault) -> dict[str, Any]:

@@ -245,7 +245,9 @@ def chaos(
     chosen = [name for name in faults.split(",") if name] or known
     if unknown := sorted(set(chosen) - set(known)):
         raise typer.BadParameter(f"there is no fault {unknown[0]}: choose from {', '.join(known)}")
-    figures = bench_chaos(file, chosen)
+    figures: dict[str, Any] = {}
+    for figures in bench_chaos(file, chosen):
+        _write(figures, json_path)
     columns = (
         "requests", "failed_visible", "failed_unstreamed", "failed_silent", "hung", "recovery_seconds",
         "leaked_blocks", "leaked_reservations", "leftover_processes",
@@ -258,7 +260,7 @@ def chaos(
     for name, row in figures["faults"].items():
         shown = row | {"leftover_processes": len(row["leftover_processes"])}
         table.add_row(name, *("-" if shown[column] is None else str(shown[column]) for column in columns))
-    _report(table, figures, json_path)
+    _report(table, figures, None)
     zeros = ("failed_silent", "hung", "leaked_blocks", "leaked_reservations", "leftover_processes")
     rows = figures["faults"].values()
     if any(row["recovery_seconds"] is None or any(row[zero] not in (0, []) for zero in zeros) for row in rows):
@@ -334,6 +336,10 @@ def _model(name: str) -> "Name":
 
 def _report(table: RenderableType, figures: dict[str, Any], json_path: Path | None) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    _write(figures, json_path)
+
+
+def _write(figures: dict[str, Any], json_path: Path | None) -> None:
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
