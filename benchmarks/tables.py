@@ -121,6 +121,48 @@ def _cell(cell: dict[str, Any] | None) -> str:
     return f"**{cell['ratio']:.2f}** ({speeds}; {ours['preemptions']} and {plain['preemptions']} preempted)"
 
 
+def chaos(figures: dict[str, Any]) -> str:
+    rows = []
+    for fault, row in figures["faults"].items():
+        recovery = row["recovery_seconds"]
+        counts = (row[end] for end in ("failed_silent", "hung", "leaked_blocks", "leaked_reservations"))
+        rows.append(
+            [
+                fault.replace("_", " "),
+                f"{row['requests']}",
+                f"{row['failed_visible']}",
+                f"{row['failed_unstreamed']}",
+                "-" if recovery is None else f"{recovery:.1f}",
+                *(f"{count}" for count in counts),
+                f"{len(row['leftover_processes'])}",
+            ]
+        )
+    heads = (
+        "fault", "requests", "failed visibly", "of these, none streamed", "recovery, s", "failed silently", "hung",
+        "leaked blocks", "leaked reservations", "processes left",
+    )  # fmt: skip
+    return table(heads, rows)
+
+
+def soak(figures: dict[str, Any]) -> str:
+    rows = [
+        [
+            re.sub(r" \(\d+\)$", "", process),
+            f"{row['rss_mb_first']:,.0f}",
+            f"{row['rss_mb_last']:,.0f}",
+            f"{row['rss_mb_most']:,.0f}",
+            f"{row['rss_slope_mb_per_hour']:+,.0f}",
+            f"{row['open_files_first']} to {row['open_files_last']}",
+        ]
+        for process, row in figures["processes"].items()
+    ]
+    return table(("process", "MB when warm", "MB at the end", "MB at most", "MB an hour", "open files"), rows)
+
+
+def fuzz(figures: dict[str, Any]) -> str:
+    return table(("status", "answers"), [[status, f"{count:,}"] for status, count in figures["statuses"].items()])
+
+
 def quality(figures: dict[str, Any]) -> str:
     tasks = list(figures["full_attention"])
     cells = {(cell["policy"], cell["budget"], cell["task"]): cell for cell in figures["cells"]}
@@ -151,6 +193,7 @@ PAGES: dict[Path, Tables] = {
         "trace": trace,
         "start": start,
     },
+    DOCS / "reliability.md": {"chaos": chaos, "soak": soak, "fuzz": fuzz},
     DOCS / "quality.md": {"quality": quality, "quality-200": quality, "quality-quick": quality},
 }
 
