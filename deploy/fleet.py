@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -192,11 +191,7 @@ def _stop(folder: Path) -> None:
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if ray.is_initialized():
-            # Serve waits for what still runs, which may take hours: that is for a replica that goes while the fleet
-            # stays. Here the fleet goes.
-            waiting = threading.Thread(target=_shut_down_serve, daemon=True)
-            waiting.start()
-            waiting.join(GRACEFUL_STOP_SECONDS)
+            _shut_down_serve()
             ray.shutdown()
         _end_leftovers(folder)
     finally:
@@ -204,10 +199,14 @@ def _stop(folder: Path) -> None:
 
 
 def _shut_down_serve() -> None:
-    from ray import serve
+    """As `serve.shutdown`, but patient for so long only: Serve waits for what still runs, which may take hours. That is
+    for a replica that goes while the fleet stays; here the fleet goes. No thread may wait instead: Ray ends the process
+    where one asks it for something after `ray.shutdown`."""
+    from ray.serve import context
 
-    with contextlib.suppress(Exception):
-        serve.shutdown()
+    with contextlib.suppress(Exception):  # what fails here, or never started, is ended by its id
+        context._get_global_client().shutdown(timeout_s=GRACEFUL_STOP_SECONDS)
+    context._disconnect()
 
 
 def _end_leftovers(folder: Path) -> None:

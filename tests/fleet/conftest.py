@@ -123,12 +123,13 @@ def client(fleet: RunningFleet) -> openai.OpenAI:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """This folder's tests come last, for its fleet stays up until the end and others look for replicas by name; of them
-    the one that stops the fleet, before it the one that looks at what is left in the pool, and behind it the one that
-    starts a fleet of its own."""
+    the one that stops the fleet, before it the one that looks at what is left in the pool, and behind it those that
+    start a fleet of their own."""
     here = Path(__file__).parent
     last = [
         "test_after_everything_the_pool_is_whole",
         "test_ctrl_c_stops_the_fleet_and_leaves_no_process",
+        "test_what_takes_long_to_stop_does_not_end_the_process_that_stops_it",
         "test_two_minutes_of_mixed_load_lose_nothing_and_nothing_piles_up",
     ]
     items.sort(key=lambda item: (here in item.path.parents, last.index(item.name) if item.name in last else -1))
