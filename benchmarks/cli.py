@@ -12,7 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from benchmarks.models import Name
 
-app = typer.Typer(help="Measure what the README states.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 LOCAL = Path(__file__).parents[1] / "deploy" / "configs" / "local.yaml"
 Settings = Annotated[Path, typer.Option("--file", "-f", help="the fleet's settings")]
@@ -22,6 +22,14 @@ Json = Annotated[Path | None, typer.Option("--json", help="file for the figures"
 # Two numbers of requests, two lengths; KV memory from one that thrashes to one that holds every whole request.
 ALL_LOADS = "32x2000,32x8000,128x2000,128x8000"
 ALL_POOLS = "8192,16384,65536,262144"
+
+
+@app.callback()
+def _measure() -> None:
+    """Measure what the README states."""
+    from deploy.fleet import end_politely
+
+    end_politely()
 
 
 @app.command()

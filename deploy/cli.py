@@ -17,7 +17,7 @@ from benchmarks.quality.cli import evaluate
 from dashboards.cli import app as dashboards_app
 from deploy.calibrate_cli import calibrate
 from deploy.doctor_cli import doctor
-from deploy.fleet import FleetError, answers, endpoint, running_fleet
+from deploy.fleet import FleetError, answers, end_politely, endpoint, running_fleet
 from deploy.keys_cli import app as keys_app
 from deploy.kubernetes.cli import app as k8s_app
 from deploy.plan_cli import plan
@@ -138,9 +138,7 @@ def _curl_line(settings: FleetSettings, url: str) -> str:
 @contextmanager
 def _sentences(*more: type[Exception]) -> Iterator[None]:
     """Known mistakes end as a sentence and exit code 1; Ctrl-C and a polite kill end cleanly."""
-    # Also where a shell started us in the background, which ignores SIGINT.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    end_politely()
     known: tuple[type[Exception], ...] = (SettingsError, FleetError, *more)
     try:
         yield

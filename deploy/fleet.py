@@ -77,6 +77,13 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def end_politely() -> None:
+    """Let a signal to end raise KeyboardInterrupt, so that `running_fleet` stops what it has started. SIGINT too, where
+    a shell started us in the background, which ignores it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 def endpoint(settings: FleetSettings) -> str:
     return f"http://{settings.http.host}:{settings.http.port}"
 
