@@ -54,6 +54,7 @@ def running_fleet(
         try:
             progress("Ray")
             (start_ray or _start_ray)(settings)
+            end_politely()  # Ray has put a handler of its own in place, which ends this process at once
             _start_serve(settings, progress)
             yield endpoint(settings)
         finally:
