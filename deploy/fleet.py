@@ -25,6 +25,7 @@ RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_task_eve
 START_DEADLINE_SECONDS = 600.0
 STOP_DEADLINE_SECONDS = 20.0
 GRACEFUL_STOP_SECONDS = 8.0
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 Progress = Callable[[str], None]
 """Told each time a part begins to start or stop: one short phrase."""
@@ -81,7 +82,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def end_politely() -> None:
     """Let a signal to end raise KeyboardInterrupt, so that `running_fleet` stops what it has started. SIGINT too, where
     a shell started us in the background, which ignores it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _ENDING:
         signal.signal(number, signal.default_int_handler)
 
 
@@ -195,15 +196,16 @@ def _stop(folder: Path) -> None:
     """Serve, Ray, then by id whatever of this fleet is still there. Safe after a start that failed half way."""
     import ray
 
-    # A second Ctrl-C must not leave half a fleet behind.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A second Ctrl-C or polite kill must not leave half a fleet behind.
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
     try:
         if ray.is_initialized():
             _shut_down_serve()
             ray.shutdown()
         _end_leftovers(folder)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _shut_down_serve() -> None:
@@ -212,8 +214,10 @@ def _shut_down_serve() -> None:
     where one asks it for something after `ray.shutdown`."""
     from ray.serve import context
 
-    with contextlib.suppress(Exception):  # what fails here, or never started, is ended by its id
-        context._get_global_client().shutdown(timeout_s=GRACEFUL_STOP_SECONDS)
+    client, _ = context._check_cached_client_alive()  # None where Serve never started or is gone
+    if client is not None:
+        with contextlib.suppress(Exception):  # what does not stop is ended by its id
+            client.shutdown(timeout_s=GRACEFUL_STOP_SECONDS)
     context._disconnect()
 
 
