@@ -1,7 +1,9 @@
-"""Starts Serve with a replica that takes minutes to stop, in place of a fleet, stops it, and says so:
-`python -m tests.fleet.busy_fleet`."""
+"""Starts Serve with a replica that takes minutes to stop, in place of a fleet, and says "up"; stops it when it is told
+to end, and says "stopped": `python -m tests.fleet.busy_fleet`."""
 
 import asyncio
+import contextlib
+import signal
 
 import deploy.fleet
 from deploy.cli import LOCAL
@@ -27,6 +29,7 @@ if __name__ == "__main__":
     deploy.fleet._start_serve = _start_busy
     settings = load_settings(LOCAL)
     settings = settings.model_copy(update={"http": settings.http.model_copy(update={"port": free_ports(1)[0]})})
-    with running_fleet(settings):
-        pass
+    with contextlib.suppress(KeyboardInterrupt), running_fleet(settings):
+        print("up", flush=True)
+        signal.pause()
     print("stopped")
