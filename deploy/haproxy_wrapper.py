@@ -10,6 +10,8 @@ Needs nothing but the standard library, because it is started without the enviro
   without asking whether it has room, under the reservation of the one that failed.
 - What HAProxy itself answers has OpenAI's shape, and says when to come back.
 - While no router can be reached, Serve's own balancing takes the requests, where Ray would answer 503.
+- Buffers as large as the largest body are kept and used again: HAProxy copies a whole one at every request that it may
+  have to send again, and by default gives each back to the kernel, which fills it with zeros at its next use.
 - While HAProxy knows of no application, as right after it was started anew, it answers 503, where Ray would say 404 to
   every path.
 
@@ -30,6 +32,9 @@ AGAIN_ID = 7
 AGAIN_PREFIX = "again:"
 """Begins the x-request-id by which the router knows a request that came back; the failed reservation follows."""
 
+KEPT_BYTES = 32 * 1024 * 1024
+"""Of free buffers, by each of HAProxy's threads."""
+
 _FRONTEND_RULES = f"""\
     bind unix@{{socket}} id {AGAIN_ID}
     acl came_back so_id {AGAIN_ID}
@@ -41,33 +46,26 @@ _FRONTEND_RULES = f"""\
     http-request set-header x-request-id {AGAIN_PREFIX}%[req.hdr(x-serve-router-reservation)] if came_back
 """
 _ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"
+_FRONTEND = r"^frontend http_frontend\n *bind .*\n"
 _PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .*)?\n)+", re.MULTILINE)
-_NO_APPLICATION = re.compile(r"(?<=^backend default_backend\n)    http-request return status 404 .*$", re.MULTILINE)
-_FAILED_ANSWER = re.compile(r'return status 503 content-type text/plain lf-string ".*?"(?= hdr X-Serve-Reason )')
+_NO_APPLICATION = r"(?<=^backend default_backend\n)    http-request return status 404 .*$"
+_FAILED_ANSWER = r'return status 503 content-type text/plain lf-string ".*?"(?= hdr X-Serve-Reason )'
+_BUFFERS = r"^ *tune\.bufsize \d+\n"
 _UNREACHABLE = "{ var(txn.ingress_request_router_failed) -m str router_unreachable }"
 
 
 def adjusted(config: str, loopback: list[int], socket: str, error_file: str) -> str:
     """The configuration with all changes made. Raises ValueError where Ray's template is not as expected."""
     for port in loopback:
-        config, times = re.subn(rf"bind \*?:{port}\b", f"bind 127.0.0.1:{port}", config)
-        if times != 1:
-            raise ValueError(f"HAProxy's configuration binds port {port} {times} times: this Ray is not the pinned one")
+        config = _once(config, rf"bind \*?:{port}\b", f"bind 127.0.0.1:{port}")
     config = re.sub(r"errorfile (\d+) .*", rf"errorfile \1 {error_file}", config)
-    frontend = re.search(r"^frontend http_frontend\n *bind .*\n", config, re.MULTILINE)
-    if frontend is None:
-        raise ValueError("HAProxy's configuration has no http_frontend: this Ray is not the pinned one")
-    config, times = re.subn(_NO_APPLICATION, "    http-request deny deny_status 503", config)
-    if times != 1:
-        raise ValueError("HAProxy's configuration has no default_backend that says 404: this Ray is not the pinned one")
-    rules = _FRONTEND_RULES.format(socket=socket)
-    config = config[: frontend.end()] + rules + config[frontend.end() :]
+    config = _once(config, _BUFFERS, rf"\g<0>    tune.memory.hot-size {KEPT_BYTES}\n")
+    config = _once(config, _NO_APPLICATION, "    http-request deny deny_status 503")
+    config = _once(config, _FRONTEND, rf"\g<0>{_FRONTEND_RULES.format(socket=socket)}")
     if _ROUTER_FAILED in config:
-        config = _replaced(config, _ROUTER_FAILED, f"{_ROUTER_FAILED} !{_UNREACHABLE}")
+        config = config.replace(_ROUTER_FAILED, f"{_ROUTER_FAILED} !{_UNREACHABLE}")
         answer = f"return status 503 content-type application/json file {error_file}.json hdr Retry-After 1"
-        config, times = re.subn(_FAILED_ANSWER, answer, config)
-        if times != 1:
-            raise ValueError("HAProxy's configuration answers otherwise for its router: this Ray is not the pinned one")
+        config = _once(config, _FAILED_ANSWER, answer)
     return re.sub(_PINNED_BACKEND, lambda found: _only_pinned(found.group(), socket), config)
 
 
@@ -80,10 +78,11 @@ def _only_pinned(backend: str, socket: str) -> str:
     return f"{backend.rstrip()}\n    server again unix@{socket}\n"
 
 
-def _replaced(text: str, old: str, new: str) -> str:
-    if old not in text:
-        raise ValueError(f"HAProxy's configuration lacks `{old}`: this Ray is not the pinned one")
-    return text.replace(old, new)
+def _once(config: str, pattern: str, new: str) -> str:
+    config, times = re.subn(pattern, new, config, flags=re.MULTILINE)
+    if times != 1:
+        raise ValueError(f"HAProxy's configuration has `{pattern}` {times} times: this Ray is not the pinned one")
+    return config
 
 
 def main(arguments: list[str]) -> None:
