@@ -8,6 +8,7 @@ from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
+from ray.serve.schema import LoggingConfig
 
 from deploy.autoscaling import serve_config
 from deploy.coordinator import NAME, NAMESPACE, Coordinator
@@ -97,9 +98,7 @@ def build(settings: FleetSettings) -> Application:
         graceful_shutdown_timeout_s=settings.drain_seconds,
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_SECONDS,
         health_check_period_s=HEALTH_CHECK_SECONDS,
-        request_router_config=RequestRouterConfig(
-            request_router_class="deploy.assigned_replica_router:AssignedReplicaRouter"
-        ),
+        request_router_config=RequestRouterConfig(request_router_class="deploy.listing_router:ListingRouter"),
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,
             "num_gpus": settings.gpus_per_replica,
@@ -120,6 +119,8 @@ def build(settings: FleetSettings) -> Application:
         Router,
         name=ROUTER,
         max_ongoing_requests=UNLIMITED,
+        # A line for each question of HAProxy says nothing that the replica's line for the request does not.
+        logging_config=LoggingConfig(enable_access_log=False),
         ray_actor_options={"num_cpus": 0},
     ).bind(
         replica,

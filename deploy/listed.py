@@ -4,5 +4,7 @@ A module of its own, because Ray ships a custom request router and an ingress cl
 each gets its own copy of what is global there. This one they import by its name, and so share.
 """
 
-BY_DEPLOYMENT: dict[str, frozenset[str]] = {}
-"""Deployment -> full ids of its replicas."""
+from ray.serve._private.request_router.replica_wrapper import RunningReplica
+
+BY_DEPLOYMENT: dict[str, dict[str, RunningReplica]] = {}
+"""Deployment -> its replicas by their unique ids."""

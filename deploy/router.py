@@ -14,7 +14,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +24,9 @@ from ray.serve._private.common import ReplicaID
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.deployment import Application
 from ray.serve.handle import DeploymentHandle
-from starlette.applications import Starlette
+from starlette import routing
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from deploy import haproxy_servers, listed
 from deploy.coordinator import NAME, NAMESPACE
@@ -35,7 +34,7 @@ from deploy.haproxy_wrapper import AGAIN_PREFIX
 from deploy.messages import Decision, DecisionPair, Demand, Refusal
 from deploy.requests import Admissible, Served, examine, too_large
 from deploy.tiers import Tier, with_default
-from replicas.access import Access
+from replicas.access import Access, Tenant
 from replicas.headers import (
     KIND,
     LENGTH_CLASS,
@@ -55,6 +54,8 @@ logger = logging.getLogger("ray.serve")
 
 # The coordinator answers at the queue's deadline; later than this it is taken for gone.
 COORDINATOR_GRACE_SECONDS = 5.0
+SHORT_BODY_BYTES = 2048
+"""Of about a millisecond's work."""
 RESOLVE_ATTEMPTS = 4
 RESOLVE_PAUSE_SECONDS = 0.5
 WATCH_SECONDS = 0.25
@@ -92,6 +93,8 @@ class Router:
         self._tokens = ModelTokens(model)
         # One thread: tokenizing stays off the event loop, and the tokenizer is not thread-safe.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens")
+        self._in_thread: Future[Admissible | Answer] | None = None
+        """The last one."""
         # HAProxy asks the router of its own node where there is one.
         self._node = ray.get_runtime_context().get_node_id()
         self._link = Link(_find_coordinator)
@@ -99,12 +102,12 @@ class Router:
         self._placed_alone: Counter[str] = Counter()
         self._background: set[asyncio.Task[Any]] = set()
 
-    async def __serve_build_asgi_app__(self) -> Starlette:
+    async def __serve_build_asgi_app__(self) -> routing.Router:
         async def route(request: Request) -> JSONResponse:
             return JSONResponse(await self.route(request))
 
         self._in_background(self._watch())
-        return Starlette(routes=[Route("/internal/route", route, methods=["POST"])])
+        return routing.Router([routing.Route("/internal/route", route, methods=["POST"])])
 
     async def route(self, request: Request) -> dict[str, Any]:
         """HAProxy's question: the client's body, whole or cut. The answer is `_route_to`'s."""
@@ -114,24 +117,31 @@ class Router:
         if self._access.is_required and not tenant.is_known:
             # The replica refuses it, which knows the path as well: here it only books nothing.
             self._count_refusal(tenant.tier, "no_key")
-            return _route_to(await self._pick(None), {})
+            return _route_to(await self._any_replica(), {})
         if failed is None and (
             busy := self._turnstile.begin(tenant.name, self._tiers[tenant.tier].allowance, arrived_at)
         ):
             return await self._refused(busy, tenant.tier, "requests_per_minute")
         if cut := request.headers.get("x-body-truncated"):
             return await self._refused(too_large(cut), tenant.tier, "body_too_large")
-        body = await request.body()
-        examined = await asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            examine, body, new_reservation(), self._served, self._tokens, tenant, self._tiers[tenant.tier],
-            self._limits,
-        )  # fmt: skip
+        examined = await self._examined(await request.body(), tenant)
         if isinstance(examined, Answer):
             reason = "unknown_model" if examined.status == 404 else "bad_request"
             return await self._refused(examined, tenant.tier, reason)
         examined = replace(examined, demand=replace(examined.demand, node=self._node))
         return await self._placed(examined, failed=failed, arrived_at=arrived_at)
+
+    async def _examined(self, body: bytes, tenant: Tenant) -> Admissible | Answer:
+        arguments = (
+            body, new_reservation(), self._served, self._tokens, tenant, self._tiers[tenant.tier], self._limits
+        )  # fmt: skip
+        # A thread is for what would keep other requests waiting: to hand a short body over takes longer than to examine
+        # it. Only while the thread has none, because the tokenizer is not thread-safe.
+        if len(body) <= SHORT_BODY_BYTES and (self._in_thread is None or self._in_thread.done()):
+            return examine(*arguments)
+        self._in_thread = self._threads.submit(examine, *arguments)
+        # Shielded, because a cancelled one that has not begun is done as well, while the one before it runs.
+        return await asyncio.shield(asyncio.wrap_future(self._in_thread))
 
     async def _placed(self, request: Admissible, failed: str | None, arrived_at: float) -> dict[str, Any]:
         """`failed`: the reservation under which a replica has failed this request already."""
@@ -155,14 +165,13 @@ class Router:
             if decision is None:
                 break
             if isinstance(decision, Refusal):
-                return _route_to(await self._pick(None), {REFUSAL: _answer(decision).encode()})
-            replica = await self._pick(decision.replica)
-            if replica.replica_id.unique_id == decision.replica:
+                return _route_to(await self._any_replica(), {REFUSAL: _answer(decision).encode()})
+            if replica := self._listed().get(decision.replica):
                 return _route_to(replica, headers(decision.reservation, decision.length_class))
             await self._ask(None, "release", decision.reservation)
             await asyncio.sleep(RESOLVE_PAUSE_SECONDS)
             demand, failed = replace(demand, reservation=new_reservation()), None
-        replica = await self._pick(None)
+        replica = await self._any_replica()
         self._placed_alone[replica.replica_id.unique_id] += 1
         return _route_to(replica, headers(demand.reservation))
 
@@ -185,9 +194,9 @@ class Router:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                of_serve = listed.BY_DEPLOYMENT.get(self._replicas.deployment_name)
-                if of_serve is None:
-                    await self._pick(None)  # starts the handle's own watch
+                of_serve = frozenset(replica.replica_id.to_full_id_str() for replica in self._listed().values())
+                if not of_serve:
+                    await self._any_replica()  # starts the handle's own watch
                     continue
                 names = await haproxy_servers.reachable(admin_socket, of_serve)
                 # None while HAProxy reads its first configuration: then it does not ask this router either.
@@ -210,7 +219,7 @@ class Router:
 
     async def _refused(self, answer: Answer, tier: str, reason: str) -> dict[str, Any]:
         self._count_refusal(tier, reason)
-        return _route_to(await self._pick(None), {REFUSAL: answer.encode()})
+        return _route_to(await self._any_replica(), {REFUSAL: answer.encode()})
 
     def _count_refusal(self, tier: str, reason: str) -> None:
         self._refused_alone[tier, reason] += 1
@@ -233,11 +242,14 @@ class Router:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _pick(self, assigned: str | None) -> RunningReplica:
-        """The assigned replica, or, without one or when Serve does not list it, any."""
-        arguments = () if assigned is None else (assigned,)
+    def _listed(self) -> dict[str, RunningReplica]:
+        """The replicas to which Serve sends now, by their unique ids; none before Serve has told the first time."""
+        return listed.BY_DEPLOYMENT.get(self._replicas.deployment_name, {})
+
+    async def _any_replica(self) -> RunningReplica:
+        """Serve's own choice. Waits until there is one."""
         # _reserve=False: the request goes there through HAProxy, not through this handle.
-        async with self._replicas.choose_replica(*arguments, _reserve=False) as selection:
+        async with self._replicas.choose_replica(_reserve=False) as selection:
             replica: RunningReplica = selection._replica
             return replica
 

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 import deploy.haproxy
 import deploy.router
-from deploy.assigned_replica_router import AssignedReplicaRouter
+from deploy.listing_router import ListingRouter
 from deploy.settings import FleetSettings
 from replicas import headers
 
@@ -56,7 +56,7 @@ def test_haproxy_strips_our_headers_from_clients() -> None:
 
 def test_a_handle_can_choose_a_replica_without_reserving_it() -> None:
     assert "_reserve" in inspect.getsource(ray.serve._private.router)
-    assert inspect.signature(DeploymentHandle.choose_replica).parameters.keys() >= {"args", "kwargs"}
+    assert inspect.signature(DeploymentHandle.choose_replica).parameters.keys() >= {"kwargs"}
 
 
 def test_a_replica_knows_its_http_endpoint() -> None:
@@ -64,8 +64,8 @@ def test_a_replica_knows_its_http_endpoint() -> None:
 
 
 def test_our_request_router_overrides_what_serve_calls() -> None:
-    base = AssignedReplicaRouter.__mro__[1]
-    ours, theirs = (inspect.signature(cls.choose_replicas) for cls in (AssignedReplicaRouter, base))
+    base = ListingRouter.__mro__[1]
+    ours, theirs = (inspect.signature(cls.update_replicas) for cls in (ListingRouter, base))
     assert list(ours.parameters) == list(theirs.parameters)
 
 
