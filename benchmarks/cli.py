@@ -117,13 +117,14 @@ def http(
 ) -> None:
     """vLLM's own server against one replica behind the fleet's endpoint: tokens per second, time to first token."""
     from benchmarks.http_path import bench_http
+    from benchmarks.tables import HTTP_SIDES
 
     figures = bench_http(file, rounds)
     low, high = figures["ratio_tokens_per_second_quartiles"]
     table = Table(title=f"{figures['streams']} streams of {figures['tokens_per_stream']} tokens, taking turns")
     for heading in ("", "tokens/s", "first token under load, ms", "first token alone, ms"):
         table.add_column(heading, justify="right" if heading else "left")
-    for side, name in (("vllm", "vLLM's own server"), ("fleet", "the fleet's endpoint, one replica")):
+    for side, name in HTTP_SIDES.items():
         table.add_row(
             name,
             f"{figures['tokens_per_second'][side]:,.0f}",

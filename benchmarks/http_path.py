@@ -1,5 +1,6 @@
 """What the fleet's HTTP path costs: vLLM's own server against one replica behind the fleet's endpoint, with the same
-engine arguments, both up at once and taking turns: `trifleet bench http`.
+engine arguments, both up at once and taking turns: `trifleet bench http`. The replica is asked at its own port as
+well, so that what HAProxy, router and coordinator add is told from what the replica does.
 
 The load generator is one asyncio loop over raw server-sent events, which costs both sides the same core.
 """
@@ -30,6 +31,8 @@ from triattention.vllm import engine_arguments, on_this_machine
 
 STREAMS, STREAM_TOKENS = 16, 600
 SINGLE_TOKENS = 4
+FIRST_SEED = {"vllm": 0, "fleet": 0, "replica": 50_000}
+"""The same prompts for the two that are compared; others for the engine that is asked in two ways and caches them."""
 START_SECONDS = 300.0
 
 
@@ -37,8 +40,20 @@ def bench_http(settings_file: Path, rounds: int = 7, singles: int = 60) -> dict[
     """The figures of the command. `rounds` of STREAMS streams a side, and `singles` lone requests a side."""
     about = machine("vllm", "ray", "torch")
     settings = load_settings(settings_file).model_copy(update={"replicas": 1})
-    with _vllm_server(settings) as direct, running_fleet(settings) as fleet:
-        return about | asyncio.run(_compare({"vllm": direct, "fleet": fleet}, settings, rounds, singles))
+    with _vllm_server(settings) as vllm, running_fleet(settings) as fleet:
+        urls = {"vllm": vllm, "replica": _behind_haproxy(settings.http.host), "fleet": fleet}
+        return about | asyncio.run(_compare(urls, settings, rounds, singles))
+
+
+def _behind_haproxy(host: str) -> str:
+    """Where HAProxy sends what goes to the only replica."""
+    import ray
+    from ray.serve.context import _get_global_client
+
+    controller = _get_global_client()._controller
+    (group,) = ray.get(controller.get_target_groups.remote(from_proxy_manager=True))
+    (replica,) = group.targets
+    return f"http://{host}:{replica.port}"
 
 
 async def _compare(urls: dict[str, str], settings: FleetSettings, rounds: int, singles: int) -> dict[str, Any]:
@@ -48,7 +63,7 @@ async def _compare(urls: dict[str, str], settings: FleetSettings, rounds: int, s
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
         for turn in range(-1, rounds):  # the first round of each side is not counted
             for name in _turn(urls, turn):
-                bodies = [_body(settings, turn * STREAMS + i, STREAM_TOKENS) for i in range(STREAMS)]
+                bodies = [_body(settings, FIRST_SEED[name] + turn * STREAMS + i, STREAM_TOKENS) for i in range(STREAMS)]
                 began = time.perf_counter()
                 firsts = await asyncio.gather(*(_first_event(client, urls[name], body) for body in bodies))
                 if turn >= 0:
@@ -56,7 +71,8 @@ async def _compare(urls: dict[str, str], settings: FleetSettings, rounds: int, s
                     under_load[name] += firsts
         for turn in range(-2, singles):
             for name in _turn(urls, turn):
-                first = await _first_event(client, urls[name], _body(settings, 10_000 + turn, SINGLE_TOKENS))
+                body = _body(settings, FIRST_SEED[name] + 10_000 + turn, SINGLE_TOKENS)
+                first = await _first_event(client, urls[name], body)
                 if turn >= 0:
                     alone[name].append(first)
     ratios = [ours / theirs for ours, theirs in zip(speeds["fleet"], speeds["vllm"], strict=True)]

@@ -11,6 +11,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
+HTTP_SIDES = {
+    "vllm": "vLLM's own server",
+    "replica": "one replica, asked at its own port",
+    "fleet": "the same replica, behind the fleet's endpoint",
+}
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -53,7 +58,7 @@ def http(figures: dict[str, Any]) -> str:
             f"{figures['ttft_ms_p50_under_load'][side]:.1f}",
             f"{figures['ttft_ms_p50'][side]:.1f}",
         ]
-        for side, name in (("vllm", "vLLM's own server"), ("fleet", "one replica behind the fleet's endpoint"))
+        for side, name in HTTP_SIDES.items()
     ]
     rows.append(
         ["ratio, added", spread(figures, "ratio_tokens_per_second"), "", f"+{figures['added_ttft_ms_p50']:.1f}"]
