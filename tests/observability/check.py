@@ -30,6 +30,7 @@ from tests.observability.queries import (
 STEP_SECONDS = 1
 # Scraped once a second: windows of ten scrapes.
 RATE_WINDOW_SECONDS = 10
+PATIENCE_SECONDS = 30
 
 # Why no series is right, in a fleet that serves a load.
 NEEDS_A_GPU = "the fleet has no GPU that NVML shows; tests/observability asks the same of a fake fleet that has"
@@ -55,7 +56,16 @@ def check(metrics_url: str, seconds: float) -> Observability:
     with running_prometheus(metrics_url, STEP_SECONDS) as prometheus:
         began = time.time()
         time.sleep(seconds)
-        return ask_everything(prometheus, began, time.time())
+        return ask_everything(prometheus, began, _scraped_moment(prometheus))
+
+
+def _scraped_moment(prometheus: Prometheus) -> float:
+    """A moment just now of which all scrapes have ended, the last of them well: one that takes longer than a second, as
+    on a busy machine, leaves no series fresh. The last one tried where there is none for PATIENCE_SECONDS."""
+    deadline = time.time() + PATIENCE_SECONDS
+    while not prometheus.query("up == 1", moment := time.time() - 2 * STEP_SECONDS) and time.time() < deadline:
+        time.sleep(STEP_SECONDS / 2)
+    return moment
 
 
 def ask_everything(prometheus: Prometheus, start: float, end: float) -> Observability:
