@@ -37,7 +37,7 @@ class ProcessFault:
         if not found:
             raise LookupError(f"no process of the fleet is named {self.pattern}")
         victim = max(found, key=lambda process: process.create_time())
-        name = Path(title(victim).split()[0]).name  # no folder of this machine
+        name = _program(victim)
         if self.stopped_seconds is None:
             victim.kill()
             return name
@@ -86,7 +86,7 @@ def two_nodes() -> tuple[Callable[[FleetSettings], None], Fault]:
     async def removed(family: list[psutil.Process]) -> str:
         cluster, node = nodes
         raylet = node.all_processes["raylet"][0].process.pid
-        lost = sorted(title(process).split(" ")[0] for process in family if _is_of(raylet, process))
+        lost = sorted(_program(process) for process in family if _is_of(raylet, process))
         if not any(name.startswith("ray::ServeReplica:trifleet:replica") for name in lost):
             raise LookupError(f"no replica runs on the node to be removed: {', '.join(lost)}")
         await asyncio.to_thread(cluster.remove_node, node, allow_graceful=False)
@@ -112,6 +112,11 @@ def _is_of(raylet: int, process: psutil.Process) -> bool:
         return process.environ().get("RAY_RAYLET_PID") == str(raylet)
     except psutil.Error:
         return False
+
+
+def _program(process: psutil.Process) -> str:
+    """The first word of its title, without a folder of this machine."""
+    return Path(title(process).split(" ")[0]).name
 
 
 def title(process: psutil.Process) -> str:

@@ -129,7 +129,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     last = [
         "test_after_everything_the_pool_is_whole",
         "test_ctrl_c_stops_the_fleet_and_leaves_no_process",
-        "test_what_takes_long_to_stop_does_not_end_the_process_that_stops_it",
+        "test_a_polite_kill_stops_a_fleet_that_takes_long_to_stop_and_a_second_one_changes_nothing",
         "test_two_minutes_of_mixed_load_lose_nothing_and_nothing_piles_up",
     ]
     items.sort(key=lambda item: (here in item.path.parents, last.index(item.name) if item.name in last else -1))

@@ -56,7 +56,7 @@ def test_haproxy_strips_our_headers_from_clients() -> None:
 
 def test_a_handle_can_choose_a_replica_without_reserving_it() -> None:
     assert "_reserve" in inspect.getsource(ray.serve._private.router)
-    assert inspect.signature(DeploymentHandle.choose_replica).parameters.keys() >= {"kwargs"}
+    assert inspect.signature(DeploymentHandle.choose_replica).parameters.keys() >= {"args", "kwargs"}
 
 
 def test_a_replica_knows_its_http_endpoint() -> None:

@@ -1,11 +1,12 @@
 """The tables of the pages are those of the result files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import DOCS, PAGES, renewed
+from benchmarks.tables import DOCS, PAGES, RESULTS, renewed
 
 PAGE = DOCS / "performance.md"
 TABLES = PAGES[PAGE]
@@ -17,6 +18,11 @@ def test_a_page_shows_the_result_files_as_they_are(path: Path) -> None:
     assert renewed(page, PAGES[path]) == page, "run `python -m benchmarks.tables`"
     for name in PAGES[path]:
         assert f"<!-- {name} -->" in page
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_a_result_names_no_folder_of_the_machine_that_made_it(file: Path) -> None:
+    assert re.findall(r"(?<![\w.])/\w[\w.-]*/[\w./-]+", file.read_text()) == []
 
 
 def test_a_new_result_changes_its_own_table_alone(tmp_path: Path) -> None:
