@@ -288,8 +288,8 @@ class Admission:
         name = self._settings.short_placement if waiting.kind == SHORT else self._settings.long_placement
         policy: Policy = POLICIES[name]
         chosen = policy(candidates, self._rng)
-        replica = table.names[first_row + found[chosen]]
-        self._ledger.book(waiting.demand, replica, needs[kinds[chosen]], now)
+        replica, kind = table.names[first_row + found[chosen]], kinds[chosen]
+        self._ledger.book(waiting.demand, replica, needs[kind], uses.row(kind), now)
         self._queue.remove(waiting)
         self._shares[waiting.kind].placed(waiting.demand.reservation)
         counts = self._counts[waiting.demand.tier]

@@ -103,6 +103,10 @@ class Use:
         """Of all requests together: [horizons] of [requests, horizons]."""
         return type(self)(self.mean.sum(axis=0), self.variance.sum(axis=0), self.most.sum(axis=0))
 
+    def row(self, number: int) -> Self:
+        """Of one request: [horizons] of [requests, horizons]."""
+        return type(self)(self.mean[number], self.variance[number], self.most[number])
+
     def to_keep(self, margin: float) -> Matrix:
         """Blocks to keep for it: so many standard deviations more than the mean, and never more than the most."""
         return np.minimum(self.mean + margin * np.sqrt(self.variance), self.most)

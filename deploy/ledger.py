@@ -139,12 +139,11 @@ class ReplicaLedger:
     def age_seconds(self, now: float) -> float:
         return now - self.reported_at
 
-    def book(self, reservation: str, booking: Booking, lengths: Lengths) -> None:
-        """Add a booking, and what it is expected to hold to the sums."""
+    def book(self, reservation: str, booking: Booking, use: Use) -> None:
+        """Add a booking, and what it is expected to hold [horizons] to the sums."""
         assert reservation not in self.bookings, f"{reservation} is booked twice on {self.report.replica}"
         self.bookings[reservation] = booking
-        use = expected_use(Requests.of([booking.row()]), self.report.engine.block_size, lengths)
-        self.expected = self.expected + use.sum()
+        self.expected = self.expected + use
         self._reserved += use.mean.max()
         self.unseen += 1
 
@@ -305,12 +304,13 @@ class Ledger:
         self._show(known)
         return True
 
-    def book(self, demand: Demand, replica: str, bound_blocks: int, now: float) -> None:
+    def book(self, demand: Demand, replica: str, bound_blocks: int, use: Use, now: float) -> None:
+        """`use` [horizons] is what `expected_use` has for the replica's kind."""
         known = self.replicas[replica]
         reservation = demand.reservation
         known_class = self.class_on(ReplicaKind.of(known.report), demand)
         booking = Booking(bound_blocks, now, known_class, demand.prompt_tokens, demand.sequences)
-        known.book(reservation, booking, self.lengths)
+        known.book(reservation, booking, use)
         self._replica_of[reservation] = replica
         self._show_sums(known)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from deploy.ledger import Ledger
 from deploy.messages import Demand
 from replicas.messages import CapacityReport, GpuReading, ReplicaLimits
 from triattention.config import CompressionConfig
@@ -56,3 +57,10 @@ def compression(budget: int = 256, interval: int = 128) -> CompressionConfig:
 
 def demand(reservation: str, prompt: int = 100, output: int = 8000) -> Demand:
     return Demand(reservation, prompt, prompt + output)
+
+
+def book(ledger: Ledger, demand: Demand, replica: str, bound: int, now: float) -> None:
+    """As placing does it, with one bound for all kinds of replicas."""
+    table = ledger.table
+    uses = ledger.expected_use(demand, [bound] * len(table.kinds))
+    ledger.book(demand, replica, bound, uses.row(table.kind[table.row_of[replica]]), now)

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose
 
 from deploy.ledger import Ledger
 from deploy.messages import CapacityReport
-from tests.unit.reports import demand, report
+from tests.unit.reports import book, demand, report
 
 TOTAL = 60
 LEASE = 10.0
@@ -92,7 +92,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.names += 1
         reservation = f"r{self.names}"
-        self.ledger.book(demand(reservation), name, bound, self.now)
+        book(self.ledger, demand(reservation), name, bound, self.now)
         self.living[reservation] = Request(bound, name)
 
     @precondition(lambda self: self.living)
