@@ -85,27 +85,34 @@ def engine(
     ] = "deployment",
     rounds: Annotated[int, typer.Option(min=2, help="rounds of each side under memory pressure")] = 5,
 ) -> None:
-    """vLLM with and without compression in the same KV memory, tight and ample (about 10 minutes)."""
-    from benchmarks.engine import SIDES, bench_engine
+    """vLLM with and without compression in the same KV memory, tight and ample (about 15 minutes)."""
+    from benchmarks.engine import bench_engine
+    from benchmarks.tables import engine_sides
 
     figures = bench_engine(_model(model), tight_rounds=rounds)
+    tight, ample = figures["tight"], figures["ample"]
     table = Table(title=f"Plain vLLM and ours, taking turns, model: {model}")
     for heading in ("KV memory", "", "tokens/s", "ms per token", "preemptions", "peak blocks", "compaction"):
         table.add_column(heading, justify="left" if heading in ("KV memory", "") else "right")
-    for load in ("tight", "ample"):
-        low, high = figures[f"ratio_{load}_quartiles"]
-        for side in SIDES:
-            row = figures[load][side]
-            table.add_row(
-                f"{load}: {figures[load]['pool_tokens']:,} tokens" if side == SIDES[0] else "",
-                side,
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['milliseconds_per_output_token']:.1f}",
-                f"{row['preemptions']}",
-                f"{row['peak_blocks_per_request']}",
-                f"{row['compaction_share']:.1%}",
-            )
-        table.add_row("", "ratio", f"{figures[f'ratio_{load}']:.3f} ({low:.3f} to {high:.3f})", end_section=True)
+    for side, name in engine_sides(figures).items():
+        row = tight[side]
+        table.add_row(
+            f"tight: {tight['pool_tokens']:,} tokens" if side == "plain" else "",
+            name,
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['milliseconds_per_output_token']:.1f}",
+            f"{row['preemptions']}",
+            f"{row['peak_blocks_per_request']}",
+            f"{row['compaction_share']:.1%}",
+        )
+    table.add_row("", "ours over plain", _spread(figures, "ratio_tight"))
+    table.add_row("", "ours over the last", _spread(figures, "ratio_roomy"), end_section=True)
+    for side, speed in ample["tokens_per_second"].items():
+        first = f"ample: {ample['pool_tokens']:,} tokens" if side == "plain" else ""
+        table.add_row(first, side, f"{speed:,.0f}", f"{1000 * ample['requests'] / speed:.1f}")
+    table.add_row("", "ours over plain", _spread(figures, "ratio_ample"))
+    parts = ", ".join(f"{part} {took:.2f}" for part, took in figures["step_milliseconds"].items())
+    table.caption = f"A step of ours in tight memory, ms by the profiler: {parts}"
     _report(table, figures, json_path)
 
 
@@ -120,7 +127,6 @@ def http(
     from benchmarks.tables import HTTP_SIDES
 
     figures = bench_http(file, rounds)
-    low, high = figures["ratio_tokens_per_second_quartiles"]
     table = Table(title=f"{figures['streams']} streams of {figures['tokens_per_stream']} tokens, taking turns")
     for heading in ("", "tokens/s", "first token under load, ms", "first token alone, ms"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -132,7 +138,7 @@ def http(
             f"{figures['ttft_ms_p50'][side]:.1f}",
         )
     table.caption = (
-        f"ratio of tokens per second {figures['ratio_tokens_per_second']:.3f} ({low:.3f} to {high:.3f}); "
+        f"ratio of tokens per second {_spread(figures, 'ratio_tokens_per_second')}; "
         f"added to the first token alone, median {figures['added_ttft_ms_p50']:.1f} ms"
     )
     _report(table, figures, json_path)
@@ -341,6 +347,11 @@ def _model(name: str) -> "Name":
         if known == name:
             return known
     raise typer.BadParameter(f"there is no model {name}: choose one of {', '.join(NAMES)}")
+
+
+def _spread(figures: dict[str, Any], name: str) -> str:
+    low, high = figures[f"{name}_quartiles"]
+    return f"{figures[name]:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _report(table: RenderableType, figures: dict[str, Any], json_path: Path | None) -> None:

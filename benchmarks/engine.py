@@ -1,28 +1,20 @@
 """vLLM with and without compression in the same KV memory: `trifleet bench engine`.
 
-Both engines are up at once and take turns, round by round, so that a busy machine slows both sides alike. Plain vLLM is
-vLLM's own worker and scheduler, untouched. Both run in eager mode a model of `benchmarks.models`, whose shape is that
+All engines are up at once and take turns, round by round, so that a busy machine slows all sides alike. Plain vLLM is
+vLLM's own worker and scheduler, untouched. All run in eager mode a model of `benchmarks.models`, whose shape is that
 of a deployment or the bundled one's; outputs run to their full length (`ignore_eos`), and every round has prompts that
-neither side has seen.
+no side has seen. Where no memory is short, and where a step's time goes, is `benchmarks.steps`.
 """
 
-import os
+from benchmarks.loads import AMPLE, BLOCK_SIZE, SIDES, TIGHT, Load, engine_settings
 
-# One thread an engine and the worker in the engine's process, as a replica of the fleet runs on a CPU.
-os.environ.update(
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-    OMP_NUM_THREADS="1",
-)
-
+# isort: split
 import asyncio
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,32 +23,13 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-import bundled
+from benchmarks import steps
 from benchmarks.machine import machine
 from benchmarks.models import Model, Name, model
 from triattention.bounds import cdiv
-from triattention.config import CompressionConfig
 from triattention.report import REPORT_KEY, EngineReport
-from triattention.vllm import engine_arguments, on_this_machine
 
-BLOCK_SIZE = 32
-SIDES = ("plain", "ours")
 WARM_UP_TOKENS = 50
-
-
-@dataclass(frozen=True)
-class Load:
-    """One round of one side: `requests` at once, each to `output_tokens`."""
-
-    requests: int
-    output_tokens: int
-    pool_tokens: int
-    budget: int
-
-    def prompts(self, round_number: int) -> list[str]:
-        """Of under 100 tokens, different in every round, the same for both sides."""
-        first = round_number * self.requests
-        return [bundled.demo_prompt(seed, self.output_tokens) for seed in range(first, first + self.requests)]
 
 
 @dataclass
@@ -105,22 +78,11 @@ class _Tap(StatLoggerBase):
 class Side:
     """One engine of the comparison."""
 
-    def __init__(self, path: Path, load: Load, compression: CompressionConfig | None) -> None:
+    def __init__(self, name: str, model: Model, load: Load) -> None:
         self.tap = _Tap()
-        arguments: dict[str, Any] = {
-            "model": str(path),
-            "max_model_len": max(4096, load.output_tokens + 192),
-            "block_size": BLOCK_SIZE,
-            "num_gpu_blocks_override": load.pool_tokens // BLOCK_SIZE,
-            "max_num_seqs": load.requests,
-            "max_num_batched_tokens": 2048,
-            "enforce_eager": True,
-            "disable_log_stats": True,  # vLLM's own loggers; the tap stays
-        }
-        if compression is not None:
-            arguments |= engine_arguments(compression)
+        settings = engine_settings(model, load, name) | {"disable_log_stats": True}  # vLLM's own loggers; the tap stays
         self.client = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**on_this_machine(arguments)), stat_loggers=[lambda config, index: self.tap]
+            AsyncEngineArgs(**settings), stat_loggers=[lambda config, index: self.tap]
         )
 
     async def run(self, load: Load, round_number: int) -> Round:
@@ -164,42 +126,36 @@ class Side:
 
 
 @asynccontextmanager
-async def sides(model: Model, load: Load) -> AsyncIterator[dict[str, Side]]:
-    """Both engines over equal pools."""
-    compression = CompressionConfig.model_validate(
-        {"budget": load.budget, "interval": 128, "window": 64, "statistics": model.statistics}
-    )
+async def sides(model: Model, loads: Mapping[str, Load]) -> AsyncIterator[dict[str, Side]]:
+    """An engine for each name, sized for its load; "ours" is compressed."""
     started: dict[str, Side] = {}
     try:
-        for name, config in zip(SIDES, (None, compression), strict=True):
-            started[name] = Side(model.path, load, config)
+        for name, load in loads.items():
+            started[name] = Side(name, model, load)
         yield started
     finally:
         for side in started.values():
             side.client.shutdown(timeout=5)
 
 
-async def compare(model: Model, load: Load, rounds: int) -> dict[str, list[Round]]:
+async def compare(model: Model, loads: Mapping[str, Load], rounds: int) -> dict[str, list[Round]]:
     """`rounds` rounds of each side in turn, the first side changing each time, after a short one that does not
     count."""
-    results: dict[str, list[Round]] = {name: [] for name in SIDES}
-    async with sides(model, load) as engines:
-        for side in engines.values():
-            await side.run(replace(load, output_tokens=WARM_UP_TOKENS), -1)
+    results: dict[str, list[Round]] = {name: [] for name in loads}
+    async with sides(model, loads) as engines:
+        for name, side in engines.items():
+            await side.run(replace(loads[name], output_tokens=WARM_UP_TOKENS), -1)
         for number in range(rounds):
-            for name in SIDES if number % 2 == 0 else reversed(SIDES):
-                results[name].append(await engines[name].run(load, number))
+            for name in loads if number % 2 == 0 else reversed(list(loads)):
+                results[name].append(await engines[name].run(loads[name], number))
     return results
 
 
-def ratio(rounds: dict[str, list[Round]]) -> dict[str, float]:
-    """Ours over plain in tokens per second, round by round: median and quartiles."""
-    ratios = [
-        ours.tokens_per_second / plain.tokens_per_second
-        for ours, plain in zip(rounds["ours"], rounds["plain"], strict=True)
-    ]
-    low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    return {"median": float(median), "low": float(low), "high": float(high)}
+def ratio(ours: Sequence[Round], theirs: Sequence[Round]) -> list[float]:
+    """Of tokens per second, round by round: lower quartile, median, upper quartile."""
+    ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True)]
+    quartiles: list[float] = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+    return quartiles
 
 
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
@@ -216,24 +172,23 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
     }
 
 
-TIGHT = Load(requests=32, output_tokens=2000, pool_tokens=16_384, budget=256)
-AMPLE = Load(requests=32, output_tokens=200, pool_tokens=32_768, budget=4096)
-"""A budget that no request reaches: nothing is compacted, and what is left is what our parts cost. Many short
-rounds, because the difference is smaller than the noise of one."""
-
-
 def bench_engine(name: Name = "deployment", tight_rounds: int = 5, ample_rounds: int = 25) -> dict[str, Any]:
     """The figures of the command; see its help."""
     about = machine("vllm", "torch")
+    roomy = replace(TIGHT, pool_tokens=TIGHT.whole_tokens)
     with model(name) as chosen:
-        tight = asyncio.run(compare(chosen, TIGHT, tight_rounds))
-        ample = asyncio.run(compare(chosen, AMPLE, ample_rounds))
+        tight = asyncio.run(compare(chosen, {**dict.fromkeys(SIDES, TIGHT), "roomy": roomy}, tight_rounds))
+        ample = steps.ample(chosen, AMPLE, ample_rounds)
+        split = steps.split(chosen, TIGHT)
     figures: dict[str, Any] = {**about, "model": name}
-    for loaded, load, rounds in (("tight", TIGHT, tight), ("ample", AMPLE, ample)):
-        spread = ratio(rounds)
-        figures[f"ratio_{loaded}"] = spread["median"]
-        figures[f"ratio_{loaded}_quartiles"] = [spread["low"], spread["high"]]
-        figures[loaded] = {**asdict(load), **{side: summary(rounds[side]) for side in SIDES}}
+    for figure, other in (("ratio_tight", "plain"), ("ratio_roomy", "roomy")):
+        low, figures[figure], high = ratio(tight["ours"], tight[other])
+        figures[f"{figure}_quartiles"] = [low, high]
+    figures |= {"ratio_ample": ample.pop("ratio"), "ratio_ample_quartiles": ample.pop("ratio_quartiles")}
+    figures["tight"] = {**asdict(TIGHT), **{side: summary(rounds) for side, rounds in tight.items()}}
+    figures["roomy_pool_tokens"] = roomy.pool_tokens
+    figures["ample"] = asdict(AMPLE) | ample
+    figures["step_milliseconds"] = split
     figures["preemptions_plain"] = figures["tight"]["plain"]["preemptions"]
     figures["preemptions_ours"] = figures["tight"]["ours"]["preemptions"]
     figures["compaction_share"] = figures["tight"]["ours"]["compaction_share"]

@@ -7,15 +7,9 @@ decode TURN tokens at a time there, so that a busy machine slows both sides alik
 request, ours its bound.
 """
 
-import os
+from benchmarks.loads import BLOCK_SIZE, SIDES
 
-os.environ.update(
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-    OMP_NUM_THREADS="1",
-)
-
+# isort: split
 import time
 from typing import Any
 
@@ -24,7 +18,6 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 import bundled
-from benchmarks.engine import BLOCK_SIZE, SIDES
 from benchmarks.machine import machine
 from triattention.bounds import blocks_bound, cdiv
 from triattention.config import CompressionConfig

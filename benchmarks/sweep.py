@@ -6,6 +6,9 @@ measured once it has generated what fills its KV memory, or after WARM_UP_SECOND
 nobody lacks memory. Tokens are counted when they are generated, so a request need not end within the time.
 """
 
+from benchmarks.loads import SIDES, Load
+
+# isort: split
 import asyncio
 import itertools
 import time
@@ -17,7 +20,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 import bundled
-from benchmarks.engine import SIDES, Load, Side, sides
+from benchmarks.engine import Side, sides
 from benchmarks.machine import machine
 from benchmarks.models import Model, Name, model
 
@@ -44,7 +47,7 @@ async def _cell(model: Model, load: Load, seconds: float) -> dict[str, Any]:
         "output_tokens": load.output_tokens,
         "pool_tokens": load.pool_tokens,
     }
-    async with sides(model, load) as engines:
+    async with sides(model, dict.fromkeys(SIDES, load)) as engines:
         for name in SIDES:
             figures[name] = await _steady(engines[name], load, seconds)
     figures["ratio"] = figures["ours"]["tokens_per_second"] / figures["plain"]["tokens_per_second"]

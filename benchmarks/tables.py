@@ -23,31 +23,45 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def spread(figures: dict[str, Any], name: str) -> str:
+def spread(figures: dict[str, Any], name: str, digits: int = 2) -> str:
     low, high = figures[f"{name}_quartiles"]
-    return f"**{figures[name]:.2f}** ({low:.2f} to {high:.2f})"
+    return f"**{figures[name]:.{digits}f}** ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def engine(figures: dict[str, Any]) -> str:
+    tight, ample = figures["tight"], figures["ample"]
     rows = []
-    for load in ("tight", "ample"):
-        for side in ("plain", "ours"):
-            row = figures[load][side]
-            rows.append(
-                [
-                    f"{load}, {side}",
-                    f"{row['tokens_per_second']:,.0f}",
-                    f"{row['milliseconds_per_output_token']:.1f}",
-                    f"{row['preemptions']}",
-                    f"{row['peak_blocks_per_request']}",
-                    f"{row['compaction_share']:.1%}",
-                ]
-            )
-        rows.append([f"{load}, ours over plain", spread(figures, f"ratio_{load}"), "", "", "", ""])
-    ceiling = figures["ample"]["plain"]["tokens_per_second"] / figures["tight"]["plain"]["tokens_per_second"]
-    rows.append(["ample, plain over tight, plain", f"{ceiling:.2f}", "", "", "", ""])
+    for side, name in engine_sides(figures).items():
+        row = tight[side]
+        rows.append(
+            [
+                f"tight, {name}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['milliseconds_per_output_token']:.1f}",
+                f"{row['preemptions']}",
+                f"{row['peak_blocks_per_request']}",
+                f"{row['compaction_share']:.1%}",
+            ]
+        )
+    rows.append(["tight, ours over plain", spread(figures, "ratio_tight"), "", "", "", ""])
+    rows.append([f"ours over {engine_sides(figures)['roomy']}", spread(figures, "ratio_roomy"), "", "", "", ""])
+    for side, speed in ample["tokens_per_second"].items():
+        rows.append([f"ample, {side}", f"{speed:,.0f}", f"{1000 * ample['requests'] / speed:.1f}", "", "", ""])
+    rows.append(["ample, ours over plain", spread(figures, "ratio_ample", 3), "", "", "", ""])
     heads = ("", "tokens/s", "ms a token", "preemptions", "peak blocks a request", "compaction's share")
-    return table(heads, rows)
+    return f"{table(heads, rows)}\n\n{step(figures)}"
+
+
+def engine_sides(figures: dict[str, Any]) -> dict[str, str]:
+    """What the sides of `bench engine` are called."""
+    return {"plain": "plain", "ours": "ours", "roomy": f"plain with {figures['roomy_pool_tokens']:,} tokens of memory"}
+
+
+def step(figures: dict[str, Any]) -> str:
+    parts = figures["step_milliseconds"]
+    whole = sum(parts.values())
+    rows = [[part, f"{took:.2f}", f"{took / whole:.1%}"] for part, took in parts.items()]
+    return table(("part of a step", "ms", "share"), [*rows, ["**altogether**", f"**{whole:.2f}**", ""]])
 
 
 def http(figures: dict[str, Any]) -> str:

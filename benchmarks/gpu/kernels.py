@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/kernels.py [--json PATH] [--quick]
 
-Builds nothing and needs torch, triton and this repository's triattention/kernels, nothing else. Exits with 1 if a check
+Builds nothing and needs torch, numpy, triton and this repository's triattention/kernels, nothing else. Exits with 1 if a check
 fails. Sizes are Qwen3-8B's; a few minutes and, without --quick, 25 GB of GPU memory.
 
 How it measures: every run works on the next of several caches, so that none finds its bytes in the L2 cache from the
@@ -199,14 +199,14 @@ def squeeze_is_exact(device: str) -> bool:
         first, last = sorted(int(torch.rand((), generator=draw) * used[row]) for _ in range(2))
         table[row, first:last] = 0
     outputs = []
-    for squeeze in (with_triton.squeeze, with_torch.squeeze):
-        on_device, live = table.to(device), lengths.to(device)
+    for squeeze, where in ((with_triton.squeeze, device), (with_torch.squeeze, "cpu")):
+        there, live = table.to(where), lengths.to(where)
         with poisoned_outputs():
-            squeezed, live_lengths = torch.empty_like(on_device), torch.empty_like(live)
-        squeeze(on_device, live, BLOCK_SIZE, squeezed, live_lengths)
-        kept = -(-live_lengths // BLOCK_SIZE)
-        readable = torch.arange(table.shape[1], device=device) < kept[:, None]
-        outputs.append((squeezed.masked_fill(~readable, 0), live_lengths))
+            squeezed, live_lengths = torch.empty_like(there), torch.empty_like(live)
+        squeeze(there, live, BLOCK_SIZE, squeezed, live_lengths)
+        kept = -(-live_lengths.cpu() // BLOCK_SIZE)
+        readable = torch.arange(table.shape[1]) < kept[:, None]
+        outputs.append((squeezed.cpu().masked_fill(~readable, 0), live_lengths.cpu()))
     return all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
 
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from benchmarks.engine import TIGHT
+from benchmarks.loads import TIGHT
 from benchmarks.models import QWEN3_8B, TOKENS_STAND_FOR, model
 from triattention.statistics import QueryStatistics
 
