@@ -26,7 +26,7 @@ test: setup
 	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/engine tests/unit tests/observability
 	$(RUN)/python -m pytest tests/k8s tests/fleet
 
-# One after the other; the figures count on a machine that does nothing else. About 30 minutes.
+# One after the other; the figures count on a machine that does nothing else. About 40 minutes.
 BENCHES := engine http router compaction eviction trace start
 bench: setup
 	@for name in $(BENCHES); do $(RUN)/trifleet bench $$name --json benchmarks/results/$$name.json || exit 1; done

@@ -5,18 +5,16 @@ plain copy of as many bytes, runs in between on the same device, so that ratios 
 """
 
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from triattention import kernels
 from triattention.kernels import HoleFills, LiveRegion, LiveRegions, PagedCache, QueryWeights
 from triattention.scoring import OFFSETS
@@ -41,6 +39,7 @@ def bench_compaction() -> dict[str, Any]:
     tokens, which is what z-scores see.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = _machine(device)
     torch.manual_seed(0)
     frequencies = _frequencies()
     slots = torch.arange(POSITION - LIVE, POSITION)
@@ -66,7 +65,7 @@ def bench_compaction() -> dict[str, Any]:
     relative, in_deviations = _error_of_collapsed_scores(keys, weights, region, regions, slots)
     full_slide = _rows_of_full_slide(fills, region) * LAYERS * 2 * HEAD_DIM * keys.dtype.itemsize
     return {
-        **_machine(device),
+        **about,
         "layers": LAYERS,
         "kv_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
@@ -97,8 +96,9 @@ def bench_eviction(live: int = 4096, evicted: float = 0.9, layers: int = 8) -> d
     heads and layers (`one_set`, which the engine does not have); `per_head`; `per_layer_per_head`. Keys: independent of
     each other, and drifting along the text (each 0.9 of its predecessor), where good tokens come in runs.
     """
-    torch.manual_seed(0)
     cpu = torch.device("cpu")
+    about = _machine(cpu)
+    torch.manual_seed(0)
     frequencies = _frequencies()
     weights = _weights(frequencies, cpu, layers)
     held = live // BLOCK_SIZE
@@ -119,7 +119,7 @@ def bench_eviction(live: int = 4096, evicted: float = 0.9, layers: int = 8) -> d
             for name, (ranked, shared) in sets.items()
         }
     return {
-        **_machine(cpu),
+        **about,
         "policy": "triattention",
         "layers": layers,
         "kv_heads": KV_HEADS,
@@ -282,11 +282,5 @@ def _spread(seconds: list[float]) -> float:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-    }
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    return machine("torch", "triton") | {"device": name, "threads": torch.get_num_threads()}

@@ -1,9 +1,10 @@
-"""vLLM with and without compression in the same KV memory: `trifleet bench engine`.
+"""vLLM with and without compression in the same KV memory, and without it in memory for every whole request ("roomy"):
+`trifleet bench engine`.
 
 All engines are up at once and take turns, round by round, so that a busy machine slows all sides alike. Plain vLLM is
 vLLM's own worker and scheduler, untouched. All run in eager mode a model of `benchmarks.models`, whose shape is that
 of a deployment or the bundled one's; outputs run to their full length (`ignore_eos`), and every round has prompts that
-no side has seen. Where no memory is short, and where a step's time goes, is `benchmarks.steps`.
+no side has seen. What our parts cost where nothing is compacted, and where a step's time goes, is `benchmarks.steps`.
 """
 
 from benchmarks.loads import AMPLE, BLOCK_SIZE, SIDES, TIGHT, Load, engine_settings
@@ -106,8 +107,8 @@ class Side:
         after = self.tap.report
         share = 0.0
         if after is not None:
-            steps = after.step_seconds - (before.step_seconds if before else 0.0)
-            share = (after.compaction_seconds - (before.compaction_seconds if before else 0.0)) / steps
+            step_seconds = after.step_seconds - (before.step_seconds if before else 0.0)
+            share = (after.compaction_seconds - (before.compaction_seconds if before else 0.0)) / step_seconds
         return Round(
             seconds=seconds,
             tokens=sum(output for _, output in lengths),
@@ -151,10 +152,9 @@ async def compare(model: Model, loads: Mapping[str, Load], rounds: int) -> dict[
     return results
 
 
-def ratio(ours: Sequence[Round], theirs: Sequence[Round]) -> list[float]:
-    """Of tokens per second, round by round: lower quartile, median, upper quartile."""
-    ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True)]
-    quartiles: list[float] = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Round by round: lower quartile, median, upper quartile."""
+    quartiles: list[float] = np.quantile(np.divide(ours, theirs), [0.25, 0.5, 0.75]).tolist()
     return quartiles
 
 
@@ -181,13 +181,18 @@ def bench_engine(name: Name = "deployment", tight_rounds: int = 5, ample_rounds:
         ample = steps.ample(chosen, AMPLE, ample_rounds)
         split = steps.split(chosen, TIGHT)
     figures: dict[str, Any] = {**about, "model": name}
-    for figure, other in (("ratio_tight", "plain"), ("ratio_roomy", "roomy")):
-        low, figures[figure], high = ratio(tight["ours"], tight[other])
+    speeds = {side: [each.tokens_per_second for each in rounds] for side, rounds in tight.items()}
+    for figure, ours, theirs in (
+        ("ratio_tight", speeds["ours"], speeds["plain"]),
+        ("ratio_roomy", speeds["ours"], speeds["roomy"]),
+        ("ratio_ample", ample["ours"], ample["plain"]),
+    ):
+        low, figures[figure], high = ratio(ours, theirs)
         figures[f"{figure}_quartiles"] = [low, high]
-    figures |= {"ratio_ample": ample.pop("ratio"), "ratio_ample_quartiles": ample.pop("ratio_quartiles")}
     figures["tight"] = {**asdict(TIGHT), **{side: summary(rounds) for side, rounds in tight.items()}}
     figures["roomy_pool_tokens"] = roomy.pool_tokens
-    figures["ample"] = asdict(AMPLE) | ample
+    speed = {side: {"tokens_per_second": statistics.median(rounds)} for side, rounds in ample.items()}
+    figures["ample"] = {**asdict(AMPLE), **speed}
     figures["step_milliseconds"] = split
     figures["preemptions_plain"] = figures["tight"]["plain"]["preemptions"]
     figures["preemptions_ours"] = figures["tight"]["ours"]["preemptions"]

@@ -59,20 +59,22 @@ def _behind_haproxy(host: str) -> str:
 async def _compare(urls: dict[str, str], settings: FleetSettings, rounds: int, singles: int) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {name: [] for name in urls}
     under_load: dict[str, list[float]] = {name: [] for name in urls}
+    between: dict[str, list[float]] = {name: [] for name in urls}
     alone: dict[str, list[float]] = {name: [] for name in urls}
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
         for turn in range(-1, rounds):  # the first round of each side is not counted
             for name in _turn(urls, turn):
                 bodies = [_body(settings, FIRST_SEED[name] + turn * STREAMS + i, STREAM_TOKENS) for i in range(STREAMS)]
                 began = time.perf_counter()
-                firsts = await asyncio.gather(*(_first_event(client, urls[name], body) for body in bodies))
+                streams = await asyncio.gather(*(_stream(client, urls[name], body) for body in bodies))
                 if turn >= 0:
                     speeds[name].append(STREAMS * STREAM_TOKENS / (time.perf_counter() - began))
-                    under_load[name] += firsts
+                    under_load[name] += [first for first, _ in streams]
+                    between[name] += [wait for _, waits in streams for wait in waits]
         for turn in range(-2, singles):
             for name in _turn(urls, turn):
                 body = _body(settings, FIRST_SEED[name] + 10_000 + turn, SINGLE_TOKENS)
-                first = await _first_event(client, urls[name], body)
+                first, _ = await _stream(client, urls[name], body)
                 if turn >= 0:
                     alone[name].append(first)
     ratios = [ours / theirs for ours, theirs in zip(speeds["fleet"], speeds["vllm"], strict=True)]
@@ -86,6 +88,8 @@ async def _compare(urls: dict[str, str], settings: FleetSettings, rounds: int, s
         "ratio_tokens_per_second_quartiles": [float(low), float(high)],
         "tokens_per_second": {name: statistics.median(values) for name, values in speeds.items()},
         "ttft_ms_p50_under_load": {name: 1000 * statistics.median(values) for name, values in under_load.items()},
+        "between_chunks_ms_p50": {name: 1000 * statistics.median(values) for name, values in between.items()},
+        "between_chunks_ms_p99": {name: 1000 * float(np.quantile(values, 0.99)) for name, values in between.items()},
         "ttft_ms_p50": {name: 1000 * statistics.median(values) for name, values in alone.items()},
         "added_ttft_ms_p50": 1000 * statistics.median(added),
         "added_ttft_ms_p90": 1000 * float(np.quantile(added, 0.9)),
@@ -109,20 +113,20 @@ def _body(settings: FleetSettings, seed: int, tokens: int) -> dict[str, Any]:
     }
 
 
-async def _first_event(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> float:
-    """Seconds to the first event of a stream that is read to its end. Raises if it did not end as asked."""
-    began = time.perf_counter()
-    first, last = None, b""
+async def _stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tuple[float, list[float]]:
+    """Seconds to the first chunk of a stream that is read to its end, and from each chunk to the next; a chunk is what
+    one read gives. Raises if it did not end as asked."""
+    waits, last, before = [], b"", time.perf_counter()
     async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
         response.raise_for_status()
         async for chunk in response.aiter_bytes():
-            if first is None:
-                first = time.perf_counter() - began
-            last = (last + chunk)[-2000:]
+            now = time.perf_counter()
+            waits.append(now - before)
+            before, last = now, (last + chunk)[-2000:]
     usage = json.loads(last.rsplit(b"data: ", 2)[-2])["usage"]
-    if first is None or usage["completion_tokens"] != body["max_tokens"]:
+    if usage["completion_tokens"] != body["max_tokens"]:
         raise RuntimeError(f"a stream of {url} ended early: {last.decode(errors='replace')}")
-    return first
+    return waits[0], waits[1:]
 
 
 @contextmanager

@@ -36,12 +36,21 @@ class Load:
     budget: int
 
     @property
+    def max_model_len(self) -> int:
+        return max(4096, self.output_tokens + PROMPT_ROOM)
+
+    @property
+    def fits_whole(self) -> bool:
+        """The KV memory, less the null block, holds one longest request whole: plain vLLM does not start otherwise."""
+        return self.pool_tokens - BLOCK_SIZE >= self.max_model_len
+
+    @property
     def whole_tokens(self) -> int:
         """KV memory in which nothing needs to be preempted or evicted."""
         return self.requests * (self.output_tokens + PROMPT_ROOM)
 
     def prompts(self, round_number: int) -> list[str]:
-        """Of under 100 tokens, different in every round, the same for both sides."""
+        """Of under 100 tokens, different in every round, the same for all sides."""
         first = round_number * self.requests
         return [bundled.demo_prompt(seed, self.output_tokens) for seed in range(first, first + self.requests)]
 
@@ -55,7 +64,7 @@ def engine_settings(model: Model, load: Load, side: str) -> dict[str, Any]:
     """Arguments of vLLM's engine; `side` "ours" is compressed, any other is plain vLLM."""
     arguments: dict[str, Any] = {
         "model": str(model.path),
-        "max_model_len": max(4096, load.output_tokens + PROMPT_ROOM),
+        "max_model_len": load.max_model_len,
         "block_size": BLOCK_SIZE,
         "num_gpu_blocks_override": load.pool_tokens // BLOCK_SIZE,
         "max_num_seqs": load.requests,

@@ -5,12 +5,12 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
 
 def machine(*packages: str) -> dict[str, Any]:
     """The processor's kind, the vector instructions that PyTorch uses on it, cores, load average over the last minute,
     Python and the versions of `packages`."""
+    import torch  # here, because not all that is measured has it in its process
+
     return {
         "processor": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -16,6 +16,7 @@ import ray
 import uvloop
 from ray.actor import ActorHandle
 
+from benchmarks.machine import machine
 from deploy.app import coordinator_options
 from deploy.coordinator import Coordinator
 from deploy.messages import Decision, DecisionPair, Demand, Placement
@@ -100,6 +101,7 @@ class FakeReplica:
 
 def bench_router(seconds: float = 10.0) -> dict[str, Any]:
     """Figures of one run; `seconds` for each of its two parts."""
+    about = machine("ray")
     ray.init(
         address="local",
         num_cpus=2,
@@ -112,7 +114,7 @@ def bench_router(seconds: float = 10.0) -> dict[str, Any]:
         coordinator = ray.remote(MeasuredCoordinator).options(**coordinator_options()).remote(CoordinatorSettings())
         # The router of a fleet runs on uvloop too: Ray Serve's processes do.
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_measure(coordinator, seconds))
+            return about | runner.run(_measure(coordinator, seconds))
     finally:
         ray.shutdown()
 

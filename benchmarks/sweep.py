@@ -1,9 +1,10 @@
 """Plain vLLM and ours over loads and sizes of KV memory, in a steady state: `trifleet bench sweep`.
 
-Each cell has its own two engines. So many clients as the load says send one request after the other, each of the same
-output length; their first ones are shorter, by another part each, so that later ones end spread over time. A side is
-measured once it has generated what fills its KV memory, or after WARM_UP_SECONDS where that takes too long: before that
-nobody lacks memory. Tokens are counted when they are generated, so a request need not end within the time.
+Each cell has its own two engines, or ours alone where plain vLLM does not start because the KV memory does not hold one
+whole request. So many clients as the load says send one request after the other, each of the same output length; their
+first ones are shorter, by another part each, so that later ones end spread over time. A side is measured once it has
+generated what fills its KV memory, or after WARM_UP_SECONDS where that takes too long: before that nobody lacks memory.
+Tokens are counted when they are generated, so a request need not end within the time.
 """
 
 from benchmarks.loads import SIDES, Load
@@ -47,10 +48,12 @@ async def _cell(model: Model, load: Load, seconds: float) -> dict[str, Any]:
         "output_tokens": load.output_tokens,
         "pool_tokens": load.pool_tokens,
     }
-    async with sides(model, dict.fromkeys(SIDES, load)) as engines:
-        for name in SIDES:
+    names = SIDES if load.fits_whole else ("ours",)
+    async with sides(model, dict.fromkeys(names, load)) as engines:
+        for name in names:
             figures[name] = await _steady(engines[name], load, seconds)
-    figures["ratio"] = figures["ours"]["tokens_per_second"] / figures["plain"]["tokens_per_second"]
+    if load.fits_whole:
+        figures["ratio"] = figures["ours"]["tokens_per_second"] / figures["plain"]["tokens_per_second"]
     return figures
 
 
@@ -98,6 +101,6 @@ def table_of(figures: dict[str, Any]) -> Table:
         table.add_column(f"{pool:,} tokens of KV", justify="right")
     for load, cells in itertools.groupby(figures["cells"], lambda cell: (cell["requests"], cell["output_tokens"])):
         by_pool = {cell["pool_tokens"]: cell for cell in cells}
-        shown = [f"{by_pool[pool]['ratio']:.2f}" if pool in by_pool else "" for pool in pools]
+        shown = [f"{by_pool[pool]['ratio']:.2f}" if "ratio" in by_pool.get(pool, ()) else "" for pool in pools]
         table.add_row(f"{load[0]} x {load[1]:,}", *shown)
     return table

@@ -16,6 +16,12 @@ HTTP_SIDES = {
     "replica": "one replica, asked at its own port",
     "fleet": "the same replica, behind the fleet's endpoint",
 }
+HTTP_COLUMNS = (
+    "tokens/s",
+    "from chunk to chunk, ms (p50 / p99)",
+    "first token under load, ms",
+    "first token alone, ms",
+)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -45,8 +51,8 @@ def engine(figures: dict[str, Any]) -> str:
         )
     rows.append(["tight, ours over plain", spread(figures, "ratio_tight"), "", "", "", ""])
     rows.append([f"ours over {engine_sides(figures)['roomy']}", spread(figures, "ratio_roomy"), "", "", "", ""])
-    for side, speed in ample["tokens_per_second"].items():
-        rows.append([f"ample, {side}", f"{speed:,.0f}", f"{1000 * ample['requests'] / speed:.1f}", "", "", ""])
+    for side in ("plain", "ours"):
+        rows.append([f"ample, {side}", f"{ample[side]['tokens_per_second']:,.0f}", "", "", "", ""])
     rows.append(["ample, ours over plain", spread(figures, "ratio_ample", 3), "", "", "", ""])
     heads = ("", "tokens/s", "ms a token", "preemptions", "peak blocks a request", "compaction's share")
     return f"{table(heads, rows)}\n\n{step(figures)}"
@@ -69,15 +75,16 @@ def http(figures: dict[str, Any]) -> str:
         [
             name,
             f"{figures['tokens_per_second'][side]:,.0f}",
+            f"{figures['between_chunks_ms_p50'][side]:.1f} / {figures['between_chunks_ms_p99'][side]:.1f}",
             f"{figures['ttft_ms_p50_under_load'][side]:.1f}",
             f"{figures['ttft_ms_p50'][side]:.1f}",
         ]
         for side, name in HTTP_SIDES.items()
     ]
     rows.append(
-        ["ratio, added", spread(figures, "ratio_tokens_per_second"), "", f"+{figures['added_ttft_ms_p50']:.1f}"]
+        ["ratio, added", spread(figures, "ratio_tokens_per_second"), "", "", f"+{figures['added_ttft_ms_p50']:.1f}"]
     )
-    return table(("", "tokens/s", "first token under load, ms", "first token alone, ms"), rows)
+    return table(("", *HTTP_COLUMNS), rows)
 
 
 def router(figures: dict[str, Any]) -> str:
@@ -105,6 +112,19 @@ def compaction(figures: dict[str, Any]) -> str:
     ]
     rows.append(["a full slide would move", f"{figures['bytes_moved_full_slide']:,}", "", "", ""])
     return table(("", "bytes", "ms", "a copy of the same bytes, ms", "ratio"), rows)
+
+
+def eviction(figures: dict[str, Any]) -> str:
+    names = {"one_set": "one set for all", "per_head": "a set a head", "per_layer_per_head": "a set a head and layer"}
+    rows = [
+        [
+            f"{kind}, {names[kept]}",
+            *(f"{freed[f'blocks_freed_{how}_compaction']} of {figures['blocks_held']}" for how in ("without", "with")),
+        ]
+        for kind, sets in figures["keys"].items()
+        for kept, freed in sets.items()
+    ]
+    return table(("keys, and what is kept of them", "blocks freed by eviction", "with compaction"), rows)
 
 
 def trace(figures: dict[str, Any]) -> str:
@@ -135,6 +155,8 @@ def sweep(figures: dict[str, Any]) -> str:
 def _cell(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return ""
+    if "plain" not in cell:
+        return f"ours {cell['ours']['tokens_per_second']:,.0f}; plain vLLM does not start"
     plain, ours = (cell[side] for side in ("plain", "ours"))
     speeds = f"{ours['tokens_per_second']:,.0f} to {plain['tokens_per_second']:,.0f}"
     return f"**{cell['ratio']:.2f}** ({speeds}; {ours['preemptions']} and {plain['preemptions']} preempted)"
@@ -209,6 +231,7 @@ PAGES: dict[Path, Tables] = {
         "http": http,
         "router": router,
         "compaction": compaction,
+        "eviction": eviction,
         "trace": trace,
         "start": start,
     },

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/kernels.py [--json PATH] [--quick]
 
-Builds nothing and needs torch, numpy, triton and this repository's triattention/kernels, nothing else. Exits with 1 if a check
-fails. Sizes are Qwen3-8B's; a few minutes and, without --quick, 25 GB of GPU memory.
+Builds nothing and needs torch, numpy, triton and this repository's triattention/kernels, nothing else. Exits with 1 if
+a check fails. Sizes are Qwen3-8B's; a few minutes and, without --quick, 25 GB of GPU memory.
 
 How it measures: every run works on the next of several caches, so that none finds its bytes in the L2 cache from the
 run before; the GPU is kept busy while the CPU prepares a launch, so that events see the GPU's time alone; the kernels

@@ -1,4 +1,4 @@
-"""Score, plan and compact paged KV caches, on whatever device they lie: Triton on a GPU, torch elsewhere.
+"""Score, plan and compact paged KV caches, on whatever device they lie: Triton on a GPU, torch and numpy on a CPU.
 
     scores = score(keys, weights, regions)
     fills = plan(scores, regions, window, shared)

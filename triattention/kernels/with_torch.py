@@ -1,4 +1,5 @@
-"""Score, plan and compact in plain torch: the CPU's path, and what the Triton kernels are compared with."""
+"""Score, plan and compact in plain torch, squeeze in numpy: the CPU's path, and what the Triton kernels are compared
+with."""
 
 import numpy as np
 import torch
@@ -95,7 +96,8 @@ def _inside(slot: Tensor, t2: int) -> tuple[Tensor, Tensor | int]:
 
 
 def squeeze(block_table: Tensor, lengths: Tensor, block_size: int, squeezed: Tensor, live_lengths: Tensor) -> None:
-    # numpy, whose small operations cost half of torch's: this runs in every step, and its cost is their number.
+    # numpy, whose small operations cost half of torch's. Their number is what this costs, in every step in which a
+    # request is compacted.
     table, tokens = block_table.numpy(), lengths.numpy()
     blocks = -(-tokens // block_size)
     used = max(1, blocks.max())

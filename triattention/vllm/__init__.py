@@ -39,7 +39,8 @@ def engine_arguments(config: CompressionConfig | None) -> dict[str, Any]:
 
     With None nothing is compacted, and the scheduler only sends its reports. An `EngineReport` reaches the front end as
     a dict in `SchedulerStats.kv_connector_stats[REPORT_KEY]`, for a custom `StatLogger` to take. vLLM's own console
-    logger would read it as a KV connector's, so such an engine needs `disable_log_stats`.
+    logger would read it as a KV connector's, so such an engine needs `disable_log_stats` or a level of logging at
+    which vLLM leaves that logger out.
     """
     arguments: dict[str, Any] = {
         "scheduler_cls": "triattention.vllm.scheduler.CompactionScheduler",
