@@ -172,13 +172,13 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
     }
 
 
-def bench_engine(name: Name = "deployment", tight_rounds: int = 5, ample_rounds: int = 25) -> dict[str, Any]:
+def bench_engine(name: Name = "deployment", tight_rounds: int = 5, pairs: int = 8) -> dict[str, Any]:
     """The figures of the command; see its help."""
     about = machine("vllm", "torch")
     roomy = replace(TIGHT, pool_tokens=TIGHT.whole_tokens)
     with model(name) as chosen:
         tight = asyncio.run(compare(chosen, {**dict.fromkeys(SIDES, TIGHT), "roomy": roomy}, tight_rounds))
-        ample = steps.ample(chosen, AMPLE, ample_rounds)
+        ample = steps.ample(chosen, AMPLE, pairs, rounds=3)
         split = steps.split(chosen, TIGHT)
     figures: dict[str, Any] = {**about, "model": name}
     speeds = {side: [each.tokens_per_second for each in rounds] for side, rounds in tight.items()}

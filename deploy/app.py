@@ -30,9 +30,11 @@ START_ATTEMPTS, START_PAUSE_SECONDS = 50, 0.2
 # An engine on a CPU: one thread each, so that engines do not fight for the cores, and the worker inside the
 # engine's process (vLLM insists on a second process only to bind OMP threads). oneDNN keeps the code that it has made
 # for each number of tokens in a step, the last 1,024 by default, which is hundreds of MB; equal layers of a step need a
-# few, and vLLM keeps 32 of its own for each layer.
+# few, and vLLM keeps 32 of its own for each layer. What vLLM compiles ahead of time it cannot load again on a CPU ("no
+# attribute 'finalize_loading'"): each start would compile once more, in twice the time.
 _CPU_ENGINE = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    "VLLM_USE_AOT_COMPILE": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
