@@ -104,6 +104,8 @@ class CompactedAttentionManager(FullAttentionManager):
         """The scheduler's table of requests; the scheduler shares it here after construction."""
         self.first_live: dict[str, int] = {}
         """Request id -> index of its first live block; absent until its first compaction."""
+        self.null_blocks: dict[str, int] = {}
+        """Request id -> null blocks in its table; absent until its first compaction."""
         self.due_at: dict[str, int] = {}
         """Request id -> processed tokens at which its next compaction is due: what every step asks of every request."""
         self.orders: list[CompactionOrder] = []
@@ -116,11 +118,7 @@ class CompactedAttentionManager(FullAttentionManager):
         return cdiv(self.config.pinned_tokens(prompt_tokens), self.block_size)
 
     def held_blocks(self, request_id: str) -> int:
-        blocks = len(self.req_to_blocks.get(request_id, ()))
-        first_live = self.first_live.get(request_id)
-        if first_live is None:
-            return blocks
-        return blocks - first_live + self.pinned_blocks(self.requests[request_id].num_prompt_tokens)
+        return len(self.req_to_blocks.get(request_id, ())) - self.null_blocks.get(request_id, 0)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -156,6 +154,7 @@ class CompactedAttentionManager(FullAttentionManager):
         free_before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, start, cut)
         self.first_live[request_id] = cut
+        self.null_blocks[request_id] = cut - pinned
         self.due_at[request_id] = due_at(cut, self.block_size, self.config)
 
         live_tokens = processed_computed_tokens - start * self.block_size
@@ -179,6 +178,7 @@ class CompactedAttentionManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.first_live.pop(request_id, None)
+        self.null_blocks.pop(request_id, None)
         self.due_at.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
@@ -217,6 +217,9 @@ class CompactedAttentionManager(FullAttentionManager):
 
         With `reserve_growth` off only the tokens it has now are counted, up to the bound, as vLLM does.
         """
+        if request_id in self.num_cached_block and not apply_admission_cap:
+            # Every running request passes here in every step: as vLLM has it, without another call.
+            return max(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]), 0)
         growth = 0
         if apply_admission_cap:
             bound = self.bound(self.requests[request_id])
@@ -228,7 +231,6 @@ class CompactedAttentionManager(FullAttentionManager):
                     if other != request_id
                 )
             num_tokens = min(num_tokens, bound * self.block_size)
-        # By position: every running request passes here in every step.
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,

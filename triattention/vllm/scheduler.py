@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -27,17 +28,16 @@ REPORT_INTERVAL_SECONDS = 0.02
 
 
 class CompactionScheduler(AsyncScheduler):
-    """`AsyncScheduler` whose full-attention groups are compacted; without compression it only reports.
+    """`AsyncScheduler` whose full-attention groups are compacted; without compression it only reports."""
 
-    With synchronous scheduling it does what `Scheduler` does, and not what `AsyncScheduler` adds for every request and
-    step.
-    """
+    def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> "CompactionScheduler":
+        is_async = vllm_config.scheduler_config.async_scheduling
+        return super().__new__(cls if is_async else SynchronousCompactionScheduler)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if compression_config(self.vllm_config) is not None:
             check_supported(self.vllm_config)
-        self.base: type[Scheduler] = AsyncScheduler if self.scheduler_config.async_scheduling else Scheduler
         self.sends_reports = sends_reports(self.vllm_config)
         self.compacted: list[CompactedAttentionManager] = [
             manager
@@ -76,14 +76,6 @@ class CompactionScheduler(AsyncScheduler):
         if self.sends_reports:
             self._note_peak(output)
         return output
-
-    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        self.base._update_after_schedule(self, scheduler_output)
-
-    def _update_request_with_output(
-        self, request: Request, new_token_ids: list[int], is_stale: bool = False
-    ) -> tuple[list[int], bool]:
-        return self.base._update_request_with_output(self, request, new_token_ids, is_stale)
 
     def _note_peak(self, output: SchedulerOutput) -> None:
         """Only what this step gave blocks to can hold more than ever before."""
@@ -183,12 +175,13 @@ class CompactionScheduler(AsyncScheduler):
         return {request_id: self._held_by(request_id) for request_id in holders}
 
     def _held_by(self, request_id: str) -> int:
-        return sum(
-            manager.held_blocks(request_id)
-            if isinstance(manager, CompactedAttentionManager)
-            else sum(not block.is_null for block in manager.req_to_blocks.get(request_id, ()))
-            for manager in self.kv_cache_manager.coordinator.single_type_managers
-        )
+        held = 0
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, CompactedAttentionManager):
+                held += manager.held_blocks(request_id)
+            else:
+                held += sum(not block.is_null for block in manager.req_to_blocks.get(request_id, ()))
+        return held
 
     def report(self, stats: SchedulerStats) -> EngineReport:
         config = self.kv_cache_config
@@ -228,3 +221,10 @@ class CompactionScheduler(AsyncScheduler):
             output_tokens={request_id: self.requests[request_id].num_output_tokens for request_id in held},
             ended=self.ended,
         )
+
+
+class SynchronousCompactionScheduler(CompactionScheduler):
+    """With synchronous scheduling: without what `AsyncScheduler` adds for every request and step."""
+
+    _update_after_schedule = Scheduler._update_after_schedule
+    _update_request_with_output = Scheduler._update_request_with_output
