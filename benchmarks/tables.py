@@ -41,7 +41,7 @@ def engine(figures: dict[str, Any]) -> str:
         row = tight[side]
         rows.append(
             [
-                f"tight, {name}",
+                name if side == "roomy" else f"tight, {name}",
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['milliseconds_per_output_token']:.1f}",
                 f"{row['preemptions']}",
