@@ -102,10 +102,8 @@ class CompactedAttentionManager(FullAttentionManager):
         self.config = kv_cache_spec.compression
         self.requests: dict[str, Request] = {}
         """The scheduler's table of requests; the scheduler shares it here after construction."""
-        self.first_live: dict[str, int] = {}
-        """Request id -> index of its first live block; absent until its first compaction."""
         self.null_blocks: dict[str, int] = {}
-        """Request id -> null blocks in its table; absent until its first compaction."""
+        """Request id -> null blocks behind its pinned ones; absent until its first compaction."""
         self.due_at: dict[str, int] = {}
         """Request id -> processed tokens at which its next compaction is due: what every step asks of every request."""
         self.orders: list[CompactionOrder] = []
@@ -130,7 +128,7 @@ class CompactedAttentionManager(FullAttentionManager):
         if not blocks or num_prompt_tokens is None:
             return  # first allocation: prefix-cache hits are counted as processed before they are attached
         pinned = self.pinned_blocks(num_prompt_tokens)
-        start = self.first_live.get(request_id, pinned)
+        start = pinned + self.null_blocks.get(request_id, 0)
         cut = first_live_block(processed_computed_tokens, start, self.block_size, self.config)
         if cut is None:
             self.due_at[request_id] = due_at(start, self.block_size, self.config)
@@ -153,7 +151,6 @@ class CompactedAttentionManager(FullAttentionManager):
                 self.block_pool._maybe_evict_cached_block(block)
         free_before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, start, cut)
-        self.first_live[request_id] = cut
         self.null_blocks[request_id] = cut - pinned
         self.due_at[request_id] = due_at(cut, self.block_size, self.config)
 
@@ -173,11 +170,10 @@ class CompactedAttentionManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Publish hashes only until the first compaction: keys computed after it are approximate."""
-        if request.request_id not in self.first_live:
+        if request.request_id not in self.null_blocks:
             super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self.first_live.pop(request_id, None)
         self.null_blocks.pop(request_id, None)
         self.due_at.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
