@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -231,18 +232,24 @@ def fleet_placements(fleet: RunningFleet) -> Counter[str]:
 def test_without_a_coordinator_requests_flow_and_it_comes_back_with_its_ledger(fleet: RunningFleet) -> None:
     fleet.await_whole_pool(seconds=2)
     short = {"model": MODEL, "prompt": "hi", "max_tokens": 4}
-    with httpx.stream("POST", f"{fleet.url}/v1/completions", json=LONG, timeout=60) as response:
+    # It must outlast the new coordinator's start: a fast machine writes 1,200 tokens in less.
+    longest = LONG | {"max_tokens": MAX_MODEL_LEN - 48}
+    with httpx.stream("POST", f"{fleet.url}/v1/completions", json=longest, timeout=60) as response:
         lines = response.iter_lines()
         for _ in range(20):
             next(lines)
-        with no_coordinator(fleet):
-            for _ in range(4):
-                answer = httpx.post(f"{fleet.url}/v1/completions", json=short, timeout=60)
-                assert answer.status_code == 200
+        with no_coordinator(fleet), ThreadPoolExecutor(4) as senders:
+            url = f"{fleet.url}/v1/completions"
+            sent = [senders.submit(httpx.post, url, json=short, timeout=60) for _ in range(4)]
+            assert [each.result().status_code for each in sent] == [200] * 4
         deadline = time.monotonic() + 20
         # The new coordinator books the running stream again from its replica's reports.
         while fleet.samples().get("trifleet_reservations") != 1:
             assert time.monotonic() < deadline, fleet.samples()
+            time.sleep(0.1)
+        # A router reaches it by a connection of its own, and then says where requests get.
+        while not all(replica["reachable"] for replica in httpx.get(f"{fleet.url}/fleet").json()["replicas"]):
+            assert time.monotonic() < deadline, "no router has reached the new coordinator"
             time.sleep(0.1)
     fleet.await_whole_pool(seconds=1)
     httpx.post(f"{fleet.url}/v1/completions", json=short, timeout=60)
