@@ -128,7 +128,8 @@ def _selectors(document: Document, documents: list[Document], pods: list[Pod]) -
             own = [pod for pod in pods if pod.document is document]
             yield from _chosen(document, ("spec", "selector"), document.at(("spec", "selector")) or {}, own)
         case "PodDisruptionBudget":
-            yield from _chosen(document, ("spec", "selector"), document.at(("spec", "selector")) or {}, pods)
+            chosen = yield from _chosen(document, ("spec", "selector"), document.at(("spec", "selector")) or {}, pods)
+            yield from _budget(document, chosen)
         case "PodMonitor":
             chosen = yield from _chosen(document, ("spec", "selector"), document.at(("spec", "selector")) or {}, pods)
             for index, endpoint in enumerate(document.at(("spec", "podMetricsEndpoints")) or []):
@@ -154,6 +155,25 @@ def _port(document: Document, path: Path, port: Any, pods: list[Pod]) -> Iterato
         known = ", ".join(sorted({name for pod in pods for name in pod.ports}))
         yield document.problem(
             path, f"{dotted(path)} is {port!r}, a port that none of its pods has: they have {known}."
+        )
+
+
+def _budget(document: Document, pods: list[Pod]) -> Iterator[Problem]:
+    """Kubernetes counts `maxUnavailable`, and a share, from how many pods their owner wants, which its `scale` says.
+
+    A RayCluster has no such subresource: the budget would allow nothing, and every drain would hang.
+    """
+    if not any(pod.is_ray for pod in pods):
+        return
+    remedy = "and a drain would wait for ever: set spec.minAvailable to a number of pods."
+    most: Path = ("spec", "maxUnavailable")
+    if document.at(most) is not None:
+        yield document.problem(most, f"spec.maxUnavailable does not work for pods of a Ray cluster, {remedy}")
+    least: Path = ("spec", "minAvailable")
+    value = document.at(least)
+    if isinstance(value, str):
+        yield document.problem(
+            least, f"spec.minAvailable is {value!r}, which does not work for pods of a Ray cluster, {remedy}"
         )
 
 

@@ -51,7 +51,7 @@ MISTAKES = {
     # The schemas.
     "unknown field": Mistake("cpu-demo", HEAD, "imagePullPolicy:", "imagePulPolicy:", "did you mean imagePullPolicy?"),
     "unknown field of a core kind": Mistake(
-        "production", "kind: PodDisruptionBudget", "maxUnavailable:", "maxUnavail:", "spec.maxUnavail is not a field"
+        "production", "kind: PodDisruptionBudget", "minAvailable:", "minAvail:", "spec.minAvail is not a field"
     ),
     "unknown field in metadata": Mistake(
         "cpu-demo", "kind: RayService", "^  annotations:", "  annotation:", "did you mean annotations?"
@@ -98,6 +98,14 @@ MISTAKES = {
     "mismatched selector": Mistake(
         "production", "kind: PodDisruptionBudget", "component: engines", "component: engine", "selects no pod",
         at="selector:",
+    ),
+    "budget of Ray pods that may go": Mistake(
+        "production", "kind: PodDisruptionBudget", "minAvailable: 1", "maxUnavailable: 1",
+        "spec.maxUnavailable does not work for pods of a Ray cluster",
+    ),
+    "budget of Ray pods as a share": Mistake(
+        "production", "kind: PodDisruptionBudget", "minAvailable: 1", "minAvailable: 50%",
+        "spec.minAvailable is '50%', which does not work for pods of a Ray cluster",
     ),
     "mismatched selector of a stateful set": Mistake(
         "production", "kind: StatefulSet", "component: redis", "component: cache", "selects no pod", at="selector:"
