@@ -46,7 +46,8 @@ def dashboard() -> Dashboard:
         Row("In the period shown", (
             value("Admitted", "Requests placed on a replica.",
                   COUNT, Query(f"sum({increase(ADMISSIONS)})", "admitted"), width=5),
-            value("Refused", "Requests answered with 400, 429 or 503; the reasons are below.",
+            value("Refused",
+                  "Requests answered with 400, 401, 404, 413, 429 or 503; dashboard Fleet capacity shows the reasons.",
                   COUNT, Query(REFUSED, "refused"), width=5),
             value("Share refused", "Of all requests that were decided.",
                   RATIO, Query(f"{REFUSED} / (sum({increase(ADMISSIONS)}) + {REFUSED})", "share"),

@@ -52,8 +52,10 @@ def dashboard() -> Dashboard:
             value("Replicas out of placement", "Silent for longer than stale_report_seconds: nothing new goes there.",
                   COUNT, Query(f"sum(1 - {series(FRESH)})", "silent"), width=6, steps=ZERO_IS_GOOD),
             value("Leases run out, in the period shown",
-                  "Reservations that ended unheard of: a replica died with them, or its reports were lost.",
-                  COUNT, Query(f"sum({increase(LEASE_EXPIRATIONS)})", "leases"), width=6, steps=ZERO_IS_GOOD),
+                  "Reservations that ended unheard of: clients left while they waited in the queue, which nobody "
+                  "notices before they are placed; or a replica died with them, or its reports were lost.",
+                  COUNT, Query(f"sum({increase(LEASE_EXPIRATIONS)})", "leases"), width=6,
+                  steps=((None, GREEN), (1, ORANGE))),
             value("Reports ignored, in the period shown",
                   "Duplicate, overtaken by a later one, or of an engine that is gone. A few at restarts are normal.",
                   COUNT, Query(f"sum({increase(REPORTS_IGNORED)})", "reports"), width=6),
