@@ -3,7 +3,8 @@
 #   docker build --target cpu --tag trifleet:0.1.0-cpu .
 #   docker build --target gpu --tag trifleet:0.1.0-gpu .
 #
-# Where your package index has no CPU build of PyTorch: --build-arg PIP_ARGS="--extra-index-url URL".
+# Where your package index has no CPU build of PyTorch (PyPI has none): --build-arg PIP_ARGS="--extra-index-url URL",
+# with PyTorch's own index of CPU wheels, which PyTorch's installation page names.
 FROM python:3.11.13-slim-bookworm AS base
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # g++: torch.compile and Triton compile at run time. libnuma1: vLLM's CPU kernels. make: the build is `make setup`.

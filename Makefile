@@ -14,7 +14,7 @@ $(VENV)/.installed: $(REQUIREMENTS) pyproject.toml
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $$(grep -c == $(REQUIREMENTS)) pinned packages into $(VENV) (about two minutes) ..."
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) -r $(REQUIREMENTS) || { \
-	  echo "make setup: pip could not install $(REQUIREMENTS); if it found no torch==2.13.0+cpu, your package index carries no CPU build of PyTorch: name one that does, with make setup PIP_ARGS='--extra-index-url URL'." >&2; exit 1; }
+	  echo "make setup: pip could not install $(REQUIREMENTS); if it found no torch==2.13.0+cpu, your package index carries no CPU build of PyTorch (PyPI has none): name PyTorch's own index of CPU wheels, as on PyTorch's installation page, with make setup PIP_ARGS='--extra-index-url URL'." >&2; exit 1; }
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
