@@ -27,7 +27,7 @@ from deploy.settings import CoordinatorSettings
 from deploy.snapshot import REJECTION_REASONS, FleetSnapshot, TierCounts, TierSnapshot
 from deploy.tiers import Tier, with_default
 from deploy.usage import UsageBook
-from replicas.turnstile import too_many_at_once
+from replicas.turnstile import Turnstile, too_many_at_once
 
 LEASE_CHECK_SECONDS = 1.0
 # For so long a request keeps away from the replica that failed it. If that one reports after that it lives, and may be
@@ -54,6 +54,9 @@ class Admission:
             settings.growth_quantile,
         )
         self._queue = Queue()
+        self._displaced: list[Refusal] = []
+        """Of those who had to leave a full queue, until the next `tick` tells them."""
+        self._turnstile = Turnstile()
         self._releases = ReleaseRate()
         self._leases_checked_at = -math.inf
         self._kept_free = ("", "")
@@ -69,11 +72,14 @@ class Admission:
     def submit(self, demand: Demand, now: float) -> Decision | None:
         """Place or refuse a request now, or queue it (None): its decision then comes from another call.
 
+        When the queue is full, whoever is due last in it is refused, which need not be the one that came last.
         A reservation id is used once; raises ValueError for one that is booked or queued already.
         """
         if demand.reservation in self._ledger or demand.reservation in self._queue:
             raise ValueError(f"reservation {demand.reservation} is in use: submit each request under a new id")
-        refusal = self._refuse_if_never(demand) or self._refuse_if_too_many(demand)
+        refusal = (
+            self._refuse_if_too_often(demand, now) or self._refuse_if_never(demand) or self._refuse_if_too_many(demand)
+        )
         if refusal is not None:
             return refusal
         waiting = self._enter(demand, now)
@@ -81,15 +87,12 @@ class Admission:
         if placed:
             return placed[0]
         if len(self._queue) > self._settings.queue_length:
-            self._leave(waiting)
-            return self._refuse(
-                waiting,
-                status=429,
-                reason="queue_full",
-                message=f"All replicas are full and {len(self._queue)} requests wait already (queue_length): "
-                "send the request again later.",
-                now=now,
-            )
+            last = self._queue.last()
+            self._leave(last)
+            refusal = self._refuse_for_full_queue(last, now)
+            if last is waiting:
+                return refusal
+            self._displaced.append(refusal)
         return None
 
     def observe(self, report: CapacityReport, now: float) -> list[Decision]:
@@ -188,7 +191,8 @@ class Admission:
             for reservation in [r for r in self._unsettled() if r not in self._ledger and r not in self._queue]:
                 # Nobody told what it took: its replica died, or it never got there.
                 self._settle(reservation, 0.0)
-        decisions = self._serve(now)
+        decisions: list[Decision] = [*self._displaced, *self._serve(now)]
+        self._displaced.clear()
         deadline = self._settings.queue_deadline_seconds
         for waiting in self._queue.since_before(now - deadline):
             self._leave(waiting)
@@ -397,6 +401,21 @@ class Admission:
         reason = "concurrent_requests"
         self._counts[demand.tier].rejections[reason] += 1
         return Refusal(demand.reservation, 429, reason, too_many_at_once(limit), retry_after_seconds=1)
+
+    def _refuse_if_too_often(self, demand: Demand, now: float) -> Refusal | None:
+        allowance = self._tiers[demand.tier].allowance
+        if demand.is_again or (answer := self._turnstile.begin(demand.tenant, allowance, now)) is None:
+            return None
+        reason = "requests_per_minute"
+        self._counts[demand.tier].rejections[reason] += 1
+        return Refusal(demand.reservation, answer.status, reason, answer.message, answer.retry_after_seconds)
+
+    def _refuse_for_full_queue(self, waiting: Waiting, now: float) -> Refusal:
+        message = (
+            f"All replicas are full and {len(self._queue)} requests wait already that are due earlier (queue_length): "
+            "send the request again later."
+        )
+        return self._refuse(waiting, status=429, reason="queue_full", message=message, now=now)
 
     def _refuse_late(self, waiting: Waiting, now: float) -> Refusal:
         waited = f"The request waited for {now - waiting.since:.0f} s (queue_deadline_seconds)"

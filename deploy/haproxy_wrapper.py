@@ -12,6 +12,8 @@ Needs nothing but the standard library, because it is started without the enviro
 - While no router can be reached, Serve's own balancing takes the requests, where Ray would answer 503.
 - Buffers as large as the largest body are kept and used again: HAProxy copies a whole one at every request that it may
   have to send again, and by default gives each back to the kernel, which fills it with zeros at its next use.
+- The router is told the request's path and API key, beside its body.
+- No client can set the router's headers, whether there is a router or not.
 - While HAProxy knows of no application, as right after it was started anew, it answers 503, where Ray would say 404 to
   every path.
 
@@ -32,6 +34,9 @@ AGAIN_ID = 7
 AGAIN_PREFIX = "again:"
 """Begins the x-request-id by which the router knows a request that came back; the failed reservation follows."""
 
+ASKED = "x-trifleet-asked"
+"""The header that HAProxy's Lua code hands to the router: the path, a space, and the client's Authorization."""
+
 KEPT_BYTES = 32 * 1024 * 1024
 """Of free buffers, by each of HAProxy's threads."""
 
@@ -44,6 +49,12 @@ _FRONTEND_RULES = f"""\
     http-request set-header x-trifleet-again 1 if came_back
     http-request del-header x-request-id if !came_back {{{{ req.hdr(x-request-id) -m beg {AGAIN_PREFIX} }}}}
     http-request set-header x-request-id {AGAIN_PREFIX}%[req.hdr(x-serve-router-reservation)] if came_back
+    http-request del-header x-serve-router- -m beg
+"""
+_ROUTING = r"^ *http-request lua\.route_via_ingress_request_router .*\n"
+_TOLD = f"""\
+    http-request set-header {ASKED} "%[path] %[req.fhdr(authorization,1)]"
+\\g<0>    http-request del-header {ASKED}
 """
 _ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"
 _FRONTEND = r"^frontend http_frontend\n *bind .*\n"
@@ -51,6 +62,8 @@ _PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .
 _NO_APPLICATION = r"(?<=^backend default_backend\n)    http-request return status 404 .*$"
 _FAILED_ANSWER = r'return status 503 content-type text/plain lf-string ".*?"(?= hdr X-Serve-Reason )'
 _BUFFERS = r"^ *tune\.bufsize \d+\n"
+REWRITE_BYTES = 32 * 1024
+"""Kept free of a request's body in its buffer, for the headers that are added."""
 _UNREACHABLE = "{ var(txn.ingress_request_router_failed) -m str router_unreachable }"
 
 
@@ -59,10 +72,13 @@ def adjusted(config: str, loopback: list[int], socket: str, error_file: str) -> 
     for port in loopback:
         config = _once(config, rf"bind \*?:{port}\b", f"bind 127.0.0.1:{port}")
     config = re.sub(r"errorfile (\d+) .*", rf"errorfile \1 {error_file}", config)
-    config = _once(config, _BUFFERS, rf"\g<0>    tune.memory.hot-size {KEPT_BYTES}\n")
+    config = _once(
+        config, _BUFFERS, rf"\g<0>    tune.maxrewrite {REWRITE_BYTES}\n    tune.memory.hot-size {KEPT_BYTES}\n"
+    )
     config = _once(config, _NO_APPLICATION, "    http-request deny deny_status 503")
     config = _once(config, _FRONTEND, rf"\g<0>{_FRONTEND_RULES.format(socket=socket)}")
     if _ROUTER_FAILED in config:
+        config = _once(config, _ROUTING, _TOLD)
         config = config.replace(_ROUTER_FAILED, f"{_ROUTER_FAILED} !{_UNREACHABLE}")
         answer = f"return status 503 content-type application/json file {error_file}.json hdr Retry-After 1"
         config = _once(config, _FAILED_ANSWER, answer)

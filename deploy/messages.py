@@ -31,6 +31,8 @@ class Demand:
     tier: str = DEFAULT_TIER
     tenant: str = ANONYMOUS
     """Whose share of the queue it is charged to."""
+    is_again: bool = False
+    """Not its first attempt: the minute of its tenant has been charged."""
     avoid: str | None = None
     """A replica that has just failed this request: it does not go there again."""
     prefix: tuple[int, ...] = ()

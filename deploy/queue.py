@@ -93,6 +93,11 @@ class Queue:
         position = 0 if kind == SHORT else self.lengths[SHORT]
         return self._ranked[position] if self.lengths[kind] else None
 
+    def last(self) -> Waiting:
+        """Who is due last, whatever its class; somebody waits. Of several the one that came last."""
+        ends = {self.lengths[SHORT] - 1, len(self._ranked) - 1} - {-1}
+        return max((self._ranked[end] for end in sorted(ends, reverse=True)), key=lambda waiting: waiting.rank)
+
     def add(self, waiting: Waiting) -> None:
         bisect.insort(self._ranked, waiting, key=Waiting.place)
         self._by_reservation[waiting.demand.reservation] = waiting

@@ -1,7 +1,7 @@
-"""Reads an OpenAI request body: what is wrong with it, or what it will ask of a replica. Pure, no Ray, no HTTP.
+"""Reads a request's body: what is wrong with it, or what it will ask of a replica. Pure, no Ray, no HTTP.
 
 Judges only what placement needs (the model's name, the prompt, the output limit). Every other field is vLLM's
-to check, so a body that is not understood here is admitted with a generous estimate, never guessed at.
+to check, so a prompt that cannot be counted here is admitted with an estimate of it.
 """
 
 import json
@@ -12,10 +12,9 @@ from deploy.affinity import prefix_hashes
 from deploy.messages import Demand
 from deploy.tiers import Tier
 from replicas.access import Tenant
+from replicas.endpoints import CHAT, Endpoint
 from replicas.headers import Answer
 from replicas.limits import RequestLimits, check_body, check_size
-
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions; chat has none
 
 
 class TokenCounter(Protocol):
@@ -35,14 +34,13 @@ class Served:
 @dataclass(frozen=True)
 class Admissible:
     demand: Demand
-    kind: str | None
-    """"chat", "completion", or None for another endpoint or a body that has both fields."""
     output_limit: int | None = None
     """Tokens: what the replica must put into a body that has no limit, because the tier's is below the model's."""
 
 
 def examine(
     raw: bytes,
+    endpoint: Endpoint,
     reservation: str,
     served: Served,
     counter: TokenCounter,
@@ -61,21 +59,23 @@ def examine(
         if refused := check_body(body, limits):
             return refused
         _check_model(body, served)
-        kind = _kind(body)
-        limit_name = _limit_name(body)
-        asked = _whole_number(body, limit_name)
-        choices = _whole_number(body, "n") or 1
-        prompts = _prompt_tokens(body, counter)
+        if endpoint.prompt not in body:
+            raise _Wrong(endpoint.prompt_missing, endpoint.prompt)
+        limit_name, asked = _output_limit(body, endpoint)
+        prompts = _prompt_tokens(body, endpoint, counter)
+        sequences = (_whole_number(body, "n") or 1) * len(prompts or [None])
         if prompts is None:
-            # Another endpoint's format, or a prompt that only vLLM can judge: a token is at least one byte.
-            prompt, sequences = min(len(raw), limit.tokens - 1), choices
+            prompt = _estimate(body, raw, endpoint, counter)
+            if limit.tokens < served.max_model_len:  # else vLLM, which knows better, will refuse it
+                _check_length(prompt, asked, limit_name, limit, about="about ")
+            prompt = min(prompt, limit.tokens - 1)
         else:
-            prompt, sequences = _truncated(max(prompts), body), choices * len(prompts)
+            prompt = _truncated(max(prompts), body)
             _check_length(prompt, asked, limit_name, limit)
     except _Wrong as wrong:
         return wrong.answer
-    default = DEFAULT_COMPLETION_TOKENS if kind == "completion" else limit.tokens
-    total = min(prompt + (asked or default), limit.tokens)
+    output = (endpoint.default_output or limit.tokens) if asked is None else max(asked, 1)
+    total = min(prompt + output, limit.tokens)
     demand = Demand(
         reservation,
         prompt,
@@ -84,10 +84,10 @@ def examine(
         priority=tier.priority,
         tier=tenant.tier,
         tenant=tenant.name,
-        prefix=prefix_hashes(_beginning(body)),
+        prefix=prefix_hashes(_beginning(body, endpoint)),
     )
     is_free = asked is None and limit.tokens < served.max_model_len
-    return Admissible(demand, kind, output_limit=total - prompt if is_free else None)
+    return Admissible(demand, output_limit=total - prompt if is_free else None)
 
 
 def too_large(read_of_total: str) -> Answer:
@@ -129,19 +129,6 @@ def _body(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _kind(body: dict[str, Any]) -> str | None:
-    chat, completion = "messages" in body, "prompt" in body
-    if chat and completion:
-        return None
-    if chat:
-        return "chat"
-    if completion:
-        return "completion"
-    if "input" in body:
-        return None
-    raise _Wrong("The request has no input: a chat completion needs messages, a completion needs prompt.", "messages")
-
-
 def _check_model(body: dict[str, Any], served: Served) -> None:
     model = body.get("model")
     if model is not None and model != served.model:
@@ -158,46 +145,55 @@ def _check_messages(messages: Any) -> None:
             raise _Wrong(f"messages[{index}] is not a message: each is an object with a role and content.", "messages")
 
 
-def _whole_number(body: dict[str, Any], name: str) -> int | None:
+def _whole_number(body: dict[str, Any], name: str, least: int = 1) -> int | None:
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _Wrong(f"{name} is {json.dumps(value)[:50]}: it must be a whole number of at least 1.", name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _Wrong(f"{name} is {json.dumps(value)[:50]}: it must be a whole number of at least {least}.", name)
     return value
 
 
-def _limit_name(body: dict[str, Any]) -> str:
-    if "input" in body:
-        return "max_output_tokens"
-    return "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+def _output_limit(body: dict[str, Any], endpoint: Endpoint) -> tuple[str, int | None]:
+    """The field that counts, and its tokens. 0 is for a completion that only scores its prompt."""
+    name = next((name for name in endpoint.output_limits if body.get(name) is not None), endpoint.output_limits[-1])
+    return name, _whole_number(body, name, least=0 if body.get("echo") is True else 1)
 
 
-def _beginning(body: dict[str, Any]) -> str:
+def _prompt_fields(body: dict[str, Any], endpoint: Endpoint) -> list[Any]:
+    return [body.get(name) for name in (*endpoint.more_of_prompt, endpoint.prompt)]
+
+
+def _beginning(body: dict[str, Any], endpoint: Endpoint) -> str:
     """Text that is equal as far as the prompts of two requests are: a later turn of a chat begins as the one before."""
-    prompt = body.get("messages") or body.get("prompt") or ""
-    if isinstance(prompt, str):
-        return prompt
+    if isinstance(body[endpoint.prompt], str) and not endpoint.more_of_prompt:
+        return str(body[endpoint.prompt])
     # Without the closing brackets, which stand elsewhere in a longer chat.
-    return json.dumps([body.get("tools"), prompt])[:-2]
+    return json.dumps(_prompt_fields(body, endpoint))[:-2]
 
 
-def _prompt_tokens(body: dict[str, Any], counter: TokenCounter) -> list[int] | None:
+def _prompt_tokens(body: dict[str, Any], endpoint: Endpoint, counter: TokenCounter) -> list[int] | None:
     """Tokens of every prompt; None if they cannot be counted here."""
-    if "messages" in body:
+    if endpoint is CHAT:
         _check_messages(body["messages"])
+    if not endpoint.is_counted:
+        return None
     try:
-        if "messages" in body:
-            return [counter.chat(body)]
-        if "prompt" in body:
-            return _count_prompts(body["prompt"], counter)
+        return [counter.chat(body)] if endpoint is CHAT else _count_prompts(body["prompt"], counter)
     except _Wrong:
         raise
     except Exception:
         # The template refused these messages, or they hold more than text, or text that is not Unicode: vLLM
         # will say or know better.
         return None
-    return None
+
+
+def _estimate(body: dict[str, Any], raw: bytes, endpoint: Endpoint, counter: TokenCounter) -> int:
+    """Tokens of the JSON that holds the prompt, which are seldom fewer than its own."""
+    try:
+        return counter.text(json.dumps(_prompt_fields(body, endpoint), ensure_ascii=False))
+    except Exception:  # as above
+        return len(raw)  # a token is at least one byte
 
 
 def _count_prompts(prompt: Any, counter: TokenCounter) -> list[int]:
@@ -217,16 +213,16 @@ def _truncated(tokens: int, body: dict[str, Any]) -> int:
     return min(tokens, limit) if isinstance(limit, int) and limit > 0 else tokens
 
 
-def _check_length(prompt: int, asked: int | None, limit_name: str, limit: _Limit) -> None:
+def _check_length(prompt: int, asked: int | None, limit_name: str, limit: _Limit, about: str = "") -> None:
     room = limit.tokens - prompt
     if room < 1:
         raise _Wrong(
-            f"The prompt has {prompt} tokens, but {limit.name} is {limit.tokens} and at least one token of "
+            f"The prompt has {about}{prompt} tokens, but {limit.name} is {limit.tokens} and at least one token of "
             "output must fit: shorten the prompt."
         )
     if asked is not None and asked > room:
         raise _Wrong(
-            f"{limit_name} is {asked}, but the prompt has {prompt} tokens and {limit.name} is "
+            f"{limit_name} is {asked}, but the prompt has {about}{prompt} tokens and {limit.name} is "
             f"{limit.tokens}: lower {limit_name} to at most {room}.",
             limit_name,
         )

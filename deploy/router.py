@@ -17,6 +17,7 @@ from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 import ray
 from ray import serve
@@ -30,11 +31,12 @@ from starlette.responses import JSONResponse
 
 from deploy import haproxy_servers, listed
 from deploy.coordinator import NAME, NAMESPACE
-from deploy.haproxy_wrapper import AGAIN_PREFIX
+from deploy.haproxy_wrapper import AGAIN_PREFIX, ASKED
 from deploy.messages import Decision, DecisionPair, Demand, Refusal
 from deploy.requests import Admissible, Served, examine, too_large
 from deploy.tiers import Tier, with_default
 from replicas.access import Access, Tenant
+from replicas.endpoints import GENERATING, NOTHING_BOOKED, Endpoint
 from replicas.headers import (
     KIND,
     LENGTH_CLASS,
@@ -73,7 +75,7 @@ class Router:
     def __init__(
         self,
         replicas: DeploymentHandle[Any],
-        model: str,
+        engine_arguments: Mapping[str, Any],
         served: Served,
         queue_deadline_seconds: float,
         tiers: Mapping[str, Tier],
@@ -90,7 +92,7 @@ class Router:
         self._limits = limits
         self._turnstile = Turnstile()
         self._patience = queue_deadline_seconds + COORDINATOR_GRACE_SECONDS
-        self._tokens = ModelTokens(model)
+        self._tokens = ModelTokens(engine_arguments)
         # One thread: tokenizing stays off the event loop, and the tokenizer is not thread-safe.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens")
         self._in_thread: Future[Admissible | Answer] | None = None
@@ -112,7 +114,9 @@ class Router:
     async def route(self, request: Request) -> dict[str, Any]:
         """HAProxy's question: the client's body, whole or cut. The answer is `_route_to`'s."""
         arrived_at = time.monotonic()
-        tenant = self._access.keyring.tenant(request.headers.get("authorization"))
+        path, _, authorization = request.headers.get(ASKED, "").partition(" ")
+        endpoint = GENERATING.get(unquote(path))
+        tenant = self._access.keyring.tenant(authorization)
         failed = _came_back(request)
         if self._access.is_required and not tenant.is_known:
             # The replica refuses it, which knows the path as well: here it only books nothing.
@@ -122,19 +126,21 @@ class Router:
             busy := self._turnstile.begin(tenant.name, self._tiers[tenant.tier].allowance, arrived_at)
         ):
             return await self._refused(busy, tenant.tier, "requests_per_minute")
+        if endpoint is None:
+            return _route_to(await self._any_replica(), {KIND: NOTHING_BOOKED})
         if cut := request.headers.get("x-body-truncated"):
             return await self._refused(too_large(cut), tenant.tier, "body_too_large")
-        examined = await self._examined(await request.body(), tenant)
+        examined = await self._examined(await request.body(), endpoint, tenant)
         if isinstance(examined, Answer):
             reason = "unknown_model" if examined.status == 404 else "bad_request"
             return await self._refused(examined, tenant.tier, reason)
-        examined = replace(examined, demand=replace(examined.demand, node=self._node))
-        return await self._placed(examined, failed=failed, arrived_at=arrived_at)
+        demand = replace(examined.demand, node=self._node, is_again=failed is not None)
+        examined = replace(examined, demand=demand)
+        return await self._placed(examined, endpoint, failed, arrived_at)
 
-    async def _examined(self, body: bytes, tenant: Tenant) -> Admissible | Answer:
-        arguments = (
-            body, new_reservation(), self._served, self._tokens, tenant, self._tiers[tenant.tier], self._limits
-        )  # fmt: skip
+    async def _examined(self, body: bytes, endpoint: Endpoint, tenant: Tenant) -> Admissible | Answer:
+        tier = self._tiers[tenant.tier]
+        arguments = (body, endpoint, new_reservation(), self._served, self._tokens, tenant, tier, self._limits)
         # A thread is for what would keep other requests waiting: to hand a short body over takes longer than to examine
         # it. Only while the thread has none, because the tokenizer is not thread-safe.
         if len(body) <= SHORT_BODY_BYTES and (self._in_thread is None or self._in_thread.done()):
@@ -143,7 +149,9 @@ class Router:
         # Shielded, because a cancelled one that has not begun is done as well, while the one before it runs.
         return await asyncio.shield(asyncio.wrap_future(self._in_thread))
 
-    async def _placed(self, request: Admissible, failed: str | None, arrived_at: float) -> dict[str, Any]:
+    async def _placed(
+        self, request: Admissible, endpoint: Endpoint, failed: str | None, arrived_at: float
+    ) -> dict[str, Any]:
         """`failed`: the reservation under which a replica has failed this request already."""
 
         def headers(reservation: str, length_class: str | None = None) -> dict[str, str]:
@@ -152,7 +160,7 @@ class Router:
                 LENGTH_CLASS: length_class,
                 TIER: request.demand.tier,
                 WAITED: f"{time.monotonic() - arrived_at:.3f}",
-                KIND: request.kind,
+                KIND: endpoint.kind,
                 OUTPUT_LIMIT: None if request.output_limit is None else str(request.output_limit),
             }
             return {name: value for name, value in values.items() if value is not None}
@@ -170,7 +178,7 @@ class Router:
                 return _route_to(replica, headers(decision.reservation, decision.length_class))
             await self._ask(None, "release", decision.reservation)
             await asyncio.sleep(RESOLVE_PAUSE_SECONDS)
-            demand, failed = replace(demand, reservation=new_reservation()), None
+            demand, failed = replace(demand, reservation=new_reservation(), is_again=True), None
         replica = await self._any_replica()
         self._placed_alone[replica.replica_id.unique_id] += 1
         return _route_to(replica, headers(demand.reservation))

@@ -40,6 +40,21 @@ MANAGED_ARGUMENTS = frozenset(
 )
 
 
+# Arguments of vLLM's own HTTP server, in whose place the fleet stands, and what the router would not see: they would do
+# nothing, or half of what they say.
+_WITHOUT_EFFECT = {
+    **dict.fromkeys(("host", "port", "uds", "root_path", "grpc", "grpc_port", "headless", "api_server_count"), "http"),
+    **dict.fromkeys(
+        ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "enable_ssl_refresh"),
+        "a proxy with TLS before the fleet",
+    ),
+    "api_key": "access and the keys of tiers",
+    "lora_modules": "a fleet of its own for a model with the adapter merged into it",
+    "disable_log_stats": "the fleet's metrics, which need them",
+}
+"""Argument -> what to use instead."""
+
+
 class SettingsError(ValueError):
     """The settings cannot be used; the message is one sentence per mistake, one per line."""
 
@@ -70,6 +85,8 @@ class EngineSettings(_Settings):
         for name in extra:
             if name in MANAGED_ARGUMENTS:
                 raise ValueError(f"{name} is set by the fleet itself: use its own setting instead of engine.extra")
+            if instead := _WITHOUT_EFFECT.get(name):
+                raise ValueError(f"{name} has no effect in a fleet: use {instead} instead of engine.extra")
         return extra
 
     @model_validator(mode="after")

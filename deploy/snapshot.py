@@ -14,6 +14,7 @@ REJECTION_REASONS = (
     "queue_deadline",
     "no_replica",
     "concurrent_requests",
+    "requests_per_minute",
 )
 WAIT_BUCKETS_SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 

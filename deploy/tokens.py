@@ -1,5 +1,7 @@
 """Counts prompt tokens as the engine will: the model's own tokenizer and chat template."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -10,8 +12,19 @@ _NOT_FROM_OUTSIDE = frozenset({"chat_template", "tokenize", "return_tensors", "r
 class ModelTokens:
     """Not for several threads at once: HF tokenizers keep truncation state."""
 
-    def __init__(self, model: str) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
+    def __init__(self, engine_arguments: Mapping[str, Any]) -> None:
+        """`engine_arguments`: of `vllm serve`, by their Python names; those that say which tokenizer and template."""
+        given = engine_arguments.get
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            given("tokenizer") or given("model"),
+            revision=given("tokenizer_revision") or given("revision"),
+            trust_remote_code=given("trust_remote_code", False),
+        )
+        self._template_values = given("default_chat_template_kwargs") or {}
+        if template := given("chat_template"):
+            # A file's name or the template itself, as vLLM has it.
+            is_file = "{" not in template
+            self._tokenizer.chat_template = Path(template).read_text() if is_file else template
 
     def chat(self, body: dict[str, Any]) -> int:
         """Raises whatever the template raises for messages that it cannot render, and ValueError for a request's own
@@ -25,7 +38,7 @@ class ModelTokens:
             add_generation_prompt=body.get("add_generation_prompt", True),
             continue_final_message=body.get("continue_final_message", False),
             tokenize=False,
-            **more,
+            **{**self._template_values, **more},
         )
         # The template wrote the special tokens already.
         return self._count(text, add_special_tokens=False)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from replicas.endpoints import FREE, GENERATING
 from replicas.headers import Answer
 
 logger = logging.getLogger("ray.serve")
@@ -28,19 +29,7 @@ _LINE = re.compile(r"sha256:([0-9a-f]{64})\s+(\S+)")
 
 # For probes, which have no key. They say that the process answers and nothing else.
 _OPEN = frozenset({"/health", "/ping", "/-/healthz"})
-_CLIENTS = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/models",
-        "/tokenize",
-        "/detokenize",
-        "/version",
-    }
-)
+_CLIENTS = frozenset({*GENERATING, *FREE, "/v1/models", "/version"})
 
 
 class KeysFileError(ValueError):

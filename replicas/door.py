@@ -19,14 +19,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.access import Access, Tenant
-from replicas.gate import Reservations, after, answer_with
+from replicas.gate import REQUEST_ID, Reservations, after, answer_with
 from replicas.headers import REFUSAL, RESERVATION, Answer
 from replicas.limits import RequestLimits, check_body, check_headers, check_size
 from replicas.turnstile import Allowance, Turnstile
 
 logger = logging.getLogger("ray.serve")
 
-REQUEST_ID = "x-request-id"
 _NO_LIMITS = Allowance()
 _PAGES = frozenset({"/fleet", "/metrics", "/metrics/engines"})
 _POLICY_VIOLATION = 1008

@@ -57,9 +57,16 @@ class _ReportTap(StatLoggerBase):
 class Engine:
     """A started AsyncLLM and the FastAPI application that answers for it."""
 
-    def __init__(self, client: AsyncLLM, app: FastAPI) -> None:
+    def __init__(self, client: AsyncLLM, app: FastAPI, args: Namespace) -> None:
         self._client = client
         self.app = app
+        self.cors = {
+            "allow_origins": args.allowed_origins,
+            "allow_credentials": args.allow_credentials,
+            "allow_methods": args.allowed_methods,
+            "allow_headers": args.allowed_headers,
+        }
+        """Of Starlette's CORSMiddleware, as vLLM has it on `app`."""
 
     @classmethod
     async def start(
@@ -81,7 +88,7 @@ class Engine:
         await init_app_state(client, app.state, args, tasks)
         # vLLM's handler of a dead engine tells its own server to stop; here Ray Serve's health check does.
         app.state.server = SimpleNamespace()
-        engine = cls(client, app)
+        engine = cls(client, app, args)
         await engine._first_step()
         return engine
 

@@ -6,18 +6,21 @@ vLLM as the request id, and its end, in whatever way, is told to the reporter. W
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.answer import AnswerPath
+from replicas.endpoints import FREE, GENERATING, kind_of
 from replicas.headers import KIND, LENGTH_CLASS, OUTPUT_LIMIT, REFUSAL, RESERVATION, TIER, WAITED, Answer
 
+REQUEST_ID = "x-request-id"
 DISCONNECT_SECONDS = 5.0
 # Of requests that the router did not see.
 NO_TIER = "default"
@@ -40,15 +43,6 @@ _HTML_HEADERS = {
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
 }
-
-
-_KIND_OF_PATH = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
-_MISSING = {
-    "chat": "messages is missing: a chat completion needs a list of at least one message.",
-    "completion": "prompt is missing: a completion needs a string, or a list of strings or token ids.",
-}
-_FIELD = {"chat": "messages", "completion": "prompt"}
-_LIMIT_FIELD = {"/v1/chat/completions": "max_completion_tokens", "/v1/responses": "max_output_tokens"}
 
 
 class Reservations(Protocol):
@@ -99,15 +93,14 @@ class Gate:
 
     async def _admitted(self, scope: Scope, receive: Receive, send: Send, reservation: str | None) -> None:
         headers = MutableHeaders(scope=scope)
-        if answer := _refusal(scope["path"], headers):
+        if answer := _refusal(scope, headers):
             await answer_with(answer)(scope, receive, send)
             return
-        if limit := headers.get(OUTPUT_LIMIT):
-            receive = await _limited(headers, receive, _LIMIT_FIELD.get(scope["path"], "max_tokens"), int(limit))
+        if fields := _own_fields(scope, headers):
+            receive = await _with_fields(fields, headers, receive)
         if reservation is None:
             await _to_its_end(self._app(scope, receive, send))
             return
-        headers["x-request-id"] = reservation
         path = AnswerPath(send, self._is_dead, self._reservations, reservation)
         await _to_its_end(self._app(scope, receive, path.send))
 
@@ -128,19 +121,37 @@ async def _to_its_end(request: Awaitable[None]) -> None:
         raise
 
 
-async def _limited(headers: MutableHeaders, receive: Receive, field: str, limit: int) -> Receive:
-    """The same request with an output limit in its body; the router saw that the body is an object without one."""
+def _own_fields(scope: Scope, headers: MutableHeaders) -> dict[str, Any]:
+    """What the fleet puts into the body, over what the client has there: a limit that the client has not set, and the
+    request's id where vLLM takes it from the body."""
+    endpoint = GENERATING.get(scope["path"])
+    if endpoint is None or scope["method"] != "POST":
+        return {}
+    fields: dict[str, Any] = {}
+    if limit := headers.get(OUTPUT_LIMIT):
+        fields[endpoint.output_limits[0]] = int(limit)
+    if endpoint.id_in_body is not None:
+        name, beginning = endpoint.id_in_body
+        fields[name] = beginning + headers[REQUEST_ID]
+    return fields
+
+
+async def _with_fields(fields: dict[str, Any], headers: MutableHeaders, receive: Receive) -> Receive:
+    """The same request with other values of these fields; what is no JSON object stays as it is."""
     body = b""
     while True:
         message = await receive()
         if message["type"] != "http.request":
-            break
+            return after(message, receive)
         body += message.get("body", b"")
         if not message.get("more_body", False):
-            message = {"type": "http.request", "body": json.dumps({**json.loads(body), field: limit}).encode()}
-            headers["content-length"] = str(len(message["body"]))
             break
-    return after(message, receive)
+    with contextlib.suppress(ValueError, RecursionError):
+        values = json.loads(body)
+        if isinstance(values, dict):
+            body = json.dumps({**values, **fields}).encode()
+            headers["content-length"] = str(len(body))
+    return after({"type": "http.request", "body": body, "more_body": False}, receive)
 
 
 def after(message: Message, receive: Receive) -> Receive:
@@ -157,19 +168,16 @@ def after(message: Message, receive: Receive) -> Receive:
     return receive_next
 
 
-def _refusal(path: str, headers: MutableHeaders) -> Answer | None:
-    """What to answer instead of the engine, if anything.
-
-    The router sees bodies but not paths. So it refuses what is wrong for every OpenAI endpoint, and says which
-    kind of request the body is; whether that suits the path is seen here.
-    """
-    if not path.startswith("/v1/"):
-        return None
+def _refusal(scope: Scope, headers: MutableHeaders) -> Answer | None:
+    """What to answer instead of the engine, if anything."""
     if encoded := headers.get(REFUSAL):
         return Answer.decode(encoded)
-    wanted, kind = _KIND_OF_PATH.get(path), headers.get(KIND)
-    if wanted and kind and wanted != kind:
-        return Answer(400, "invalid_request_error", _MISSING[wanted], _FIELD[wanted])
+    path = scope["path"]
+    if scope["method"] == "POST" and path not in GENERATING and path not in FREE:
+        return Answer(404, "NotFoundError", f"There is no POST {path[:100]} here: use one of {', '.join(GENERATING)}.")
+    if headers.get(KIND, kind_of(path)) != kind_of(path):
+        # What was booked and checked is another endpoint's.
+        return Answer(400, "BadRequestError", f"The router has not read the path as {path[:100]}: send it as it is.")
     return None
 
 

@@ -31,11 +31,15 @@ class GpuMeter:
         except nvml.NVMLError:
             return None
 
-    def read(self) -> GpuReading:
-        """Takes milliseconds: not for an event loop. What a GPU does not tell (a MIG slice has no power) is None."""
+    def read(self) -> GpuReading | None:
+        """Takes milliseconds: not for an event loop. What a GPU does not tell (a MIG slice has no power) is None; all
+        of it, when it is lost."""
         energy = self._sum("nvmlDeviceGetTotalEnergyConsumption")
         power = self._sum("nvmlDeviceGetPowerUsage")
-        memory = [self._nvml.nvmlDeviceGetMemoryInfo(handle) for handle in self._handles]
+        try:
+            memory = [self._nvml.nvmlDeviceGetMemoryInfo(handle) for handle in self._handles]
+        except self._nvml.NVMLError:
+            return None
         return GpuReading(
             gpus=len(self._handles),
             memory_bytes=sum(one.total for one in memory),

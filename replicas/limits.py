@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from replicas.headers import PREFIX, Answer
 
 BODY_BYTES = 1024 * 1024
-"""HAProxy holds a body in one buffer of this size per connection while the router reads it."""
+"""HAProxy's buffers are made for it (`deploy/haproxy.py`)."""
 
 
 class RequestLimits(BaseModel):

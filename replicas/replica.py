@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from replicas.access import Access
@@ -95,7 +96,9 @@ class Replica:
         }
         started = self._engine
         gate = Gate(started.app, reporter, pages, lambda: started.is_dead)
-        return Door(gate, options.access, options.limits, options.allowances, reporter)
+        door = Door(gate, options.access, options.limits, options.allowances, reporter)
+        # Around the door, so that a browser's question has no key to show and a page can read a refusal.
+        return CORSMiddleware(door, **started.cors)
 
     async def check_health(self) -> None:
         """Raises if the engine is dead or nothing is reported any more: Serve then replaces this replica."""

@@ -22,6 +22,7 @@ MODEL = "tiny-reasoner"
 GOLD_KEY = "tf-a-key-of-gold-0123456789"
 MAX_MODEL_LEN = 2048
 BLOCKS = 97  # per replica, the null block among them
+OTHER_SITE = "http://pages.example"
 START_SECONDS = 400
 STOP_SECONDS = 60
 
@@ -87,7 +88,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
             "block_size": 32,
             "num_gpu_blocks": BLOCKS,
             "max_num_seqs": 8,
-            "extra": {"enforce_eager": True},
+            "extra": {"enforce_eager": True, "allowed_origins": [OTHER_SITE]},
         },
         "compression": {"budget": 128, "interval": 64, "window": 32},
         "coordinator": {"queue_length": 4, "queue_deadline_seconds": 20, "stale_report_seconds": 5, "lease_seconds": 4},

@@ -34,6 +34,7 @@ class FakeEngine:
         self._ended: dict[str, tuple[int, int]] = {}
         self._reports = asyncio.create_task(self._report())
         self.is_dead = False
+        self.cors: dict[str, Any] = {"allow_origins": ["*"]}
         self.app = Starlette(routes=[Route("/v1/completions", self._complete, methods=["POST"])])
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.fleet.conftest import GOLD_KEY, MODEL, RunningFleet
+from tests.fleet.conftest import GOLD_KEY, MODEL, OTHER_SITE, RunningFleet
 
 UNUSUAL = "perispomenon-zugzwang"
 
@@ -50,6 +50,17 @@ def test_a_key_has_one_request_at_once_in_the_whole_fleet(fleet: RunningFleet) -
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert "concurrent_requests" in refused.json()["error"]["message"]
     assert complete(fleet, GOLD_KEY).status_code == 200
+
+
+def test_a_page_of_a_site_that_is_allowed_may_ask_and_reads_refusals(fleet: RunningFleet) -> None:
+    url = f"{fleet.url}/v1/completions"
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
+    for site, status in ((OTHER_SITE, 200), ("http://unknown.example", 400)):
+        assert httpx.options(url, headers={"origin": site, **asks}).status_code == status
+    for model, status in ((MODEL, 200), ("nobody", 404)):
+        body = {"model": model, "prompt": "go", "max_tokens": 2}
+        answer = httpx.post(url, json=body, headers={"origin": OTHER_SITE}, timeout=60)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, OTHER_SITE)
 
 
 def test_no_log_of_the_fleet_holds_a_key_or_a_prompt(fleet: RunningFleet) -> None:

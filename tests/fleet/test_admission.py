@@ -152,6 +152,52 @@ def test_a_body_over_the_buffer_is_refused_by_size(fleet: RunningFleet) -> None:
     assert "larger than this fleet takes" in answer.json()["error"]["message"]
 
 
+def test_a_body_over_the_buffer_that_names_no_length_is_refused_by_size_as_well(fleet: RunningFleet) -> None:
+    pieces = (b'{"prompt": "', *[b"x" * 50_000] * 60, b'"}')
+    answer = httpx.post(f"{fleet.url}/v1/completions", content=iter(pieces), timeout=60)
+    assert answer.status_code == 413
+    assert "limits.body_bytes" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"model": MODEL, "input": "hello", "max_output_tokens": 200, "request_id": "rsv" + "0" * 32}),
+        ("/v1/messages", {"model": MODEL, "messages": CHAT["messages"], "max_tokens": 200}),
+    ],
+)
+def test_the_other_endpoints_are_booked_under_their_own_reservation(
+    fleet: RunningFleet, path: str, body: dict[str, object]
+) -> None:
+    before = fleet.samples()["trifleet_admissions_total"]
+    answer = httpx.post(f"{fleet.url}{path}", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["trifleet"]["kv_block_seconds"] > 0
+    assert "rsv" + "0" * 32 not in answer.text
+    assert fleet.samples()["trifleet_admissions_total"] == before + 1
+    fleet.await_whole_pool(seconds=2)
+
+
+def test_what_generates_nothing_is_answered_without_a_booking(fleet: RunningFleet) -> None:
+    before = fleet.samples()["trifleet_admissions_total"]
+    for path, body in (
+        ("/tokenize", {"model": MODEL, "prompt": "hello"}),
+        ("/detokenize", {"model": MODEL, "tokens": [5, 6]}),
+        ("/v1/messages/count_tokens", {"model": MODEL, "messages": CHAT["messages"]}),
+    ):
+        answer = httpx.post(f"{fleet.url}{path}", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+    assert httpx.post(f"{fleet.url}/invocations", json=CHAT, timeout=60).status_code == 404
+    assert fleet.samples()["trifleet_admissions_total"] == before
+
+
+def test_a_path_in_another_spelling_is_booked_as_well(fleet: RunningFleet) -> None:
+    before = fleet.samples()["trifleet_admissions_total"]
+    answer = httpx.post(f"{fleet.url}/v1/%63ompletions", json={"model": MODEL, "prompt": "hi", "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+    assert fleet.samples()["trifleet_admissions_total"] == before + 1
+
+
 def test_refusals_are_counted_by_reason(fleet: RunningFleet) -> None:
     def count() -> float:
         return float(httpx.get(f"{fleet.url}/fleet").json()["rejections"].get("unknown_model", 0))
@@ -229,6 +275,11 @@ def fleet_placements(fleet: RunningFleet) -> Counter[str]:
     return placed
 
 
+def are_reachable(fleet: RunningFleet) -> bool:
+    replicas = httpx.get(f"{fleet.url}/fleet").json().get("replicas", ())  # a sentence while there is no coordinator
+    return len(replicas) == 2 and all(replica["reachable"] for replica in replicas)
+
+
 def test_without_a_coordinator_requests_flow_and_it_comes_back_with_its_ledger(fleet: RunningFleet) -> None:
     fleet.await_whole_pool(seconds=2)
     short = {"model": MODEL, "prompt": "hi", "max_tokens": 4}
@@ -248,7 +299,7 @@ def test_without_a_coordinator_requests_flow_and_it_comes_back_with_its_ledger(f
             assert time.monotonic() < deadline, fleet.samples()
             time.sleep(0.1)
         # A router reaches it by a connection of its own, and then says where requests get.
-        while not all(replica["reachable"] for replica in httpx.get(f"{fleet.url}/fleet").json()["replicas"]):
+        while not are_reachable(fleet):
             assert time.monotonic() < deadline, "no router has reached the new coordinator"
             time.sleep(0.1)
     fleet.await_whole_pool(seconds=1)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import pytest
 
 import deploy.haproxy
 from deploy.haproxy import free_ports
+from deploy.haproxy_wrapper import ASKED
 from deploy.settings import FleetSettings
-from replicas.headers import RESERVATION
+from replicas.headers import PREFIX, RESERVATION, TIER
+from replicas.limits import BODY_BYTES
 
 # In a process of its own, because Ray reads the variables when it is imported.
 WRITE_CONFIG = """
@@ -29,11 +31,11 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions
 port, router, replicas = json.loads(sys.argv[1])
 backends = {}
-if router:
+if replicas:
     backends["app"] = BackendConfig(
         name="app", app_name="app", path_prefix="/",
         servers=[ServerConfig(name, "127.0.0.1", at, replica_id=name) for name, at in replicas.items()],
-        ingress_request_router_servers=[ServerConfig("router", "127.0.0.1", router)],
+        ingress_request_router_servers=[ServerConfig("router", "127.0.0.1", router)] if router else [],
     )
 config = HAProxyConfig(http_options=HTTPOptions(host="127.0.0.1", port=port), metrics_enabled=False, is_head=True)
 api = HAProxyApi(config, backends)
@@ -83,10 +85,13 @@ class Router:
 
     turns: list[str]
     asked: list[dict[str, str]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Of the bodies that it was shown."""
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        _, headers, _ = await read_request(reader)
+        _, headers, body = await read_request(reader)
         self.asked.append(headers)
+        self.sizes.append(len(body))
         number = len(self.asked)
         answer = {"replica_id": self.turns[number - 1], "request_headers": {RESERVATION: f"rsv{number}"}}
         is_broken = self.turns[number - 1] == "broken"
@@ -101,10 +106,11 @@ class Setup:
     router: Router
     router_server: asyncio.Server
     replicas: dict[str, Replica]
+    ports: dict[str, int]
 
     def script(self, turns: list[str], **fails: str) -> None:
         """Forget what was; the router names these replicas, and those named fail in that way."""
-        self.router.turns, self.router.asked = turns, []
+        self.router.turns, self.router.asked, self.router.sizes = turns, [], []
         for name, replica in self.replicas.items():
             replica.fails, replica.seen = fails.get(name), []
 
@@ -115,7 +121,7 @@ class Setup:
 
 @contextlib.asynccontextmanager
 async def haproxy(folder: Path, router_port: int | None, replica_ports: dict[str, int]) -> AsyncIterator[str]:
-    """Its URL, once it is there. Without a router it knows of no application."""
+    """Its URL, once it is there. Without replicas it knows of no application."""
     (port,) = free_ports(1)
     settings = FleetSettings(served_model_name="m")
     variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder)}
@@ -154,7 +160,14 @@ async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup
         (ports["gone"],) = free_ports(1)
         router_server = await serve(router)
         url = await stack.enter_async_context(haproxy(folder, router_server.sockets[0].getsockname()[1], ports))
-        yield Setup(url, router, router_server, replicas)
+        yield Setup(url, router, router_server, replicas, ports)
+
+
+@pytest.fixture(scope="module")
+async def without_router(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup]:
+    """The same replicas before a HAProxy that knows of no router, as while Serve replaces one."""
+    async with haproxy(tmp_path_factory.mktemp("alone"), None, setup.ports) as url:
+        yield replace(setup, url=url)
 
 
 @pytest.mark.parametrize(("failing", "way"), [("a", "closes"), ("gone", ""), ("a", "says 502")])
@@ -203,10 +216,44 @@ async def test_clients_cannot_pretend_to_come_back(setup: Setup) -> None:
     assert setup.router.asked[1]["x-request-id"] == "again:rsv1"
 
 
-async def test_the_router_is_told_the_api_key(setup: Setup) -> None:
+async def test_the_router_is_told_the_path_and_the_api_key(setup: Setup) -> None:
+    setup.script(["a", "b", "c"], a="closes")
+    await setup.post({"authorization": "Bearer secret, with a comma", ASKED: "/forged"})
+    await setup.post()
+    with_key, again, without = (asked[ASKED] for asked in setup.router.asked)
+    assert with_key == again == "/v1/completions Bearer secret, with a comma"
+    assert without.strip() == "/v1/completions"
+    assert ASKED not in setup.replicas["c"].seen[0]
+
+
+async def test_of_a_body_that_is_too_large_the_router_sees_that_it_is(setup: Setup) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(40):
+            yield b" " * 50_000
+
+    setup.script(["a", "a"])
+    most = b" " * BODY_BYTES
+    filling = {"x-filling": "x" * 15_000, "authorization": "x" * 900}
+    async with httpx.AsyncClient(timeout=10) as http:
+        await http.post(f"{setup.url}/v1/completions", content=most, headers=filling)
+        await http.post(f"{setup.url}/v1/completions", content=pieces(), headers=filling)
+    assert setup.router.sizes[0] == BODY_BYTES
+    assert setup.router.sizes[1] > BODY_BYTES
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", "OPTIONS"])
+async def test_no_client_sets_the_routers_headers_router_or_none(
+    setup: Setup, without_router: Setup, method: str
+) -> None:
     setup.script(["a"])
-    await setup.post({"authorization": "Bearer secret"})
-    assert setup.router.asked[0]["authorization"] == "Bearer secret"
+    forged = {RESERVATION: "rsv0", TIER: "gold", "x-serve-router-new": "x"}
+    async with httpx.AsyncClient(timeout=10) as http:
+        for way in (setup, without_router):
+            assert (await http.request(method, f"{way.url}/v1/models", headers=forged)).status_code == 200
+    seen = [headers for replica in setup.replicas.values() for headers in replica.seen]
+    assert len(seen) == 2
+    for headers in seen:
+        assert not [name for name in headers if name.startswith(PREFIX) and headers[name] in forged.values()]
 
 
 async def test_while_no_router_can_be_reached_requests_flow(setup: Setup) -> None:

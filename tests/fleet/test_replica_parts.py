@@ -64,7 +64,7 @@ async def ask(gate: Gate, path: str, headers: dict[str, str]) -> httpx.Response:
 async def test_an_admitted_request_carries_its_reservation_into_vllm_and_ends_once() -> None:
     application, book = Application(), Book()
     reservation = new_reservation()
-    headers = {RESERVATION: reservation, "x-request-id": "the-clients"}
+    headers = {RESERVATION: reservation, "x-request-id": reservation}
     answer = await ask(Gate(application, book, {}), "/v1/completions", headers)
     assert answer.text == "engine"
     assert application.request_ids == [reservation]
@@ -81,18 +81,24 @@ async def test_a_refused_request_never_reaches_the_engine() -> None:
     assert answer.json()["error"]["message"] == "Full: come back."
 
 
-async def test_a_refusal_is_for_the_openai_endpoints_only() -> None:
-    refusal = Answer(400, "BadRequestError", "no prompt").encode()
-    answer = await ask(Gate(Application(), Book(), {}), "/tokenize", {REFUSAL: refusal})
-    assert answer.text == "engine"
+@pytest.mark.parametrize("path", ["/invocations", "/inference/v1/generate", "/v1/chat/completions/batch"])
+async def test_what_would_generate_unbooked_is_not_served(path: str) -> None:
+    application = Application()
+    answer = await ask(Gate(application, Book(), {}), path, {})
+    assert (answer.status_code, application.request_ids) == (404, [])
+    assert "/v1/chat/completions" in answer.json()["error"]["message"]
+    assert (await ask(Gate(application, Book(), {}), "/tokenize", {})).text == "engine"
 
 
-async def test_a_body_of_the_wrong_kind_for_its_path_is_refused_and_its_reservation_ends() -> None:
+@pytest.mark.parametrize(
+    ("path", "judged"), [("/v1/chat/completions", "completion"), ("/v1/completions", "nothing"), ("/tokenize", "chat")]
+)
+async def test_a_path_that_the_router_read_otherwise_is_refused_and_its_reservation_ends(
+    path: str, judged: str
+) -> None:
     application, book = Application(), Book()
-    headers = {KIND: "completion", RESERVATION: "rsv1"}
-    answer = await ask(Gate(application, book, {}), "/v1/chat/completions", headers)
+    answer = await ask(Gate(application, book, {}), path, {KIND: judged, RESERVATION: "rsv1"})
     assert answer.status_code == 400
-    assert "messages is missing" in answer.json()["error"]["message"]
     assert application.request_ids == []
     assert book.entries == ["begin rsv1", "finish rsv1"]
 
@@ -227,9 +233,23 @@ async def test_a_tiers_output_limit_is_put_into_the_body(path: str, field: str) 
     assert json.loads(application.body) == {"model": "m", field: 17}
 
 
+@pytest.mark.parametrize("headers", [{RESERVATION: "rsv1", OUTPUT_LIMIT: "17"}, {}])
+async def test_a_response_gets_its_id_in_the_body_where_vllm_looks_for_it(headers: dict[str, str]) -> None:
+    application = Answering(b"ok")
+    await messages_of(application, {**headers, "x-request-id": "rsv1", "content-length": "13"}, "/v1/responses")
+    limit = {"max_output_tokens": 17} if headers else {}
+    assert json.loads(application.body) == {"model": "m", "request_id": "resp_rsv1", **limit}
+
+
 def test_vllms_request_ids_lead_back_to_their_reservation() -> None:
     reservation = new_reservation()
-    for shape in ("chatcmpl-{}-1a2b3c4d", "2_chatcmpl-{}-1a2b3c4d", "cmpl-{}-0-1a2b3c4d", "1_cmpl-{}-3-1a2b3c4d"):
+    for shape in (
+        "chatcmpl-{}-1a2b3c4d",
+        "2_chatcmpl-{}-1a2b3c4d",
+        "cmpl-{}-0-1a2b3c4d",
+        "1_cmpl-{}-3-1a2b3c4d",
+        "resp_{}_0-1a2b3c4d",
+    ):
         assert reservation_of(shape.format(reservation)) == reservation
     assert reservation_of("chatcmpl-someone-elses-1a2b3c4d") is None
 

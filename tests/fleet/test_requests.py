@@ -8,6 +8,7 @@ import pytest
 from deploy.requests import Admissible, Served, examine
 from deploy.tiers import Tier
 from replicas.access import ANONYMOUS, DEFAULT_TIER, Tenant
+from replicas.endpoints import CHAT, COMPLETION, MESSAGE, RESPONSE, Endpoint
 from replicas.headers import Answer
 from replicas.limits import RequestLimits
 
@@ -27,19 +28,23 @@ class Words:
         return len(text.split())
 
 
-def look(body: Any, tenant: Tenant = ANYONE, tier: Tier = NO_LIMIT) -> Admissible | Answer:
+def look(
+    body: Any, tenant: Tenant = ANYONE, tier: Tier = NO_LIMIT, endpoint: Endpoint | None = None
+) -> Admissible | Answer:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return examine(raw, "rsv1", SERVED, Words(), tenant, tier, RequestLimits())
+    if endpoint is None:
+        endpoint = COMPLETION if isinstance(body, dict) and "prompt" in body else CHAT
+    return examine(raw, endpoint, "rsv1", SERVED, Words(), tenant, tier, RequestLimits())
 
 
-def demand(body: Any) -> tuple[int, int, int]:
-    found = look(body)
+def demand(body: Any, endpoint: Endpoint | None = None) -> tuple[int, int, int]:
+    found = look(body, endpoint=endpoint)
     assert isinstance(found, Admissible), found
     return found.demand.prompt_tokens, found.demand.total_tokens, found.demand.sequences
 
 
-def refused(body: Any) -> str:
-    found = look(body)
+def refused(body: Any, endpoint: Endpoint | None = None) -> str:
+    found = look(body, endpoint=endpoint)
     assert isinstance(found, Answer), found
     return found.message
 
@@ -69,23 +74,72 @@ def test_a_truncated_prompt_counts_what_is_left() -> None:
     assert demand({"prompt": [1] * 500, "truncate_prompt_tokens": 20, "max_tokens": 5}) == (20, 25, 1)
 
 
-@pytest.mark.parametrize("content", [[{"type": "image_url"}], "x" * 5000, "\ud800"])
-def test_what_cannot_be_counted_is_admitted_with_a_byte_per_token_and_left_to_vllm(content: Any) -> None:
-    class Clueless(Words):
-        def chat(self, body: dict[str, Any]) -> int:
-            raise ValueError("not a text that I know")
+class Clueless(Words):
+    def chat(self, body: dict[str, Any]) -> int:
+        raise ValueError("not a text that I know")
 
-    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 30}
-    found = examine(json.dumps(body).encode(), "rsv1", SERVED, Clueless(), ANYONE, Tier(), RequestLimits())
+
+class Mute(Clueless):
+    def text(self, text: str) -> int:
+        raise ValueError("no text at all")
+
+
+@pytest.mark.parametrize(("counter", "tokens"), [(Clueless(), 6), (Mute(), 95)])
+def test_what_cannot_be_counted_is_booked_by_its_json_and_left_to_vllm(counter: Words, tokens: int) -> None:
+    content = [{"type": "image_url"}]
+    raw = json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 3, "x": "y"}).encode()
+    found = examine(raw, CHAT, "rsv1", SERVED, counter, ANYONE, Tier(), RequestLimits())
     assert isinstance(found, Admissible)
-    assert found.demand.prompt_tokens == min(99, len(json.dumps(body)))
+    assert found.demand.prompt_tokens == tokens
+    longer = raw.replace(b'"y"', b'"' + b"y" * 5000 + b'"').replace(b": 3", b": 5000")
+    found = examine(longer, CHAT, "rsv1", SERVED, counter, ANYONE, Tier(), RequestLimits())
+    assert isinstance(found, Admissible)
     assert found.demand.total_tokens == 100
 
 
-def test_another_endpoints_body_is_admitted_without_a_kind() -> None:
-    found = look({"input": "tell me", "model": "m"})
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        (RESPONSE, {"instructions": "be kind", "input": "tell me all", "max_output_tokens": 30}),
+        (MESSAGE, {"system": "be kind", "messages": ["tell me all"], "max_tokens": 30}),
+    ],
+)
+def test_other_endpoints_are_booked_by_all_that_their_prompt_holds(endpoint: Endpoint, body: dict[str, Any]) -> None:
+    prompt, total, sequences = demand(body, endpoint)
+    assert 5 <= prompt <= 8
+    assert (total, sequences) == (prompt + 30, 1)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "total"),
+    [
+        (COMPLETION, {"prompt": "a", "max_tokens": 30, "max_completion_tokens": 1}, 31),
+        (COMPLETION, {"prompt": "a", "max_tokens": 30, "max_output_tokens": 1, "input": ""}, 31),
+        (COMPLETION, {"prompt": "a b c d", "max_tokens": 1, "messages": MESSAGES}, 5),
+        (CHAT, {"messages": MESSAGES, "max_tokens": 1, "prompt": "a", "input": "a"}, 6),
+    ],
+)
+def test_fields_of_other_endpoints_change_nothing(endpoint: Endpoint, body: dict[str, Any], total: int) -> None:
+    assert demand(body, endpoint)[1] == total
+
+
+def test_a_completion_may_only_score_its_prompt() -> None:
+    assert demand({"prompt": "a b c", "max_tokens": 0, "echo": True}) == (3, 4, 1)
+    assert "max_tokens is 0" in refused({"prompt": "a b c", "max_tokens": 0})
+
+
+@pytest.mark.parametrize("endpoint", [RESPONSE, MESSAGE])
+def test_a_tier_bounds_what_is_only_estimated_too(endpoint: Endpoint) -> None:
+    tier, (limit,) = Tier(max_context_tokens=20), endpoint.output_limits
+    for body in ({limit: 19}, {limit: 5000}, {limit: 5, "instructions": "a " * 15, "system": "a " * 15}):
+        found = look({endpoint.prompt: ["tell me all"], **body}, ANYONE, tier, endpoint)
+        assert isinstance(found, Answer)
+        assert "max_context_tokens of tier default is 20" in found.message
+        assert "about" in found.message
+    found = look({endpoint.prompt: ["tell me all"]}, ANYONE, tier, endpoint)
     assert isinstance(found, Admissible)
-    assert found.kind is None
+    assert found.output_limit is not None
+    assert 10 <= found.output_limit < 20
 
 
 def test_a_limit_that_exactly_fills_the_model_length_is_allowed() -> None:
@@ -105,7 +159,7 @@ def test_a_prompt_that_leaves_no_room_for_output_is_refused() -> None:
         (b"\x80", "not UTF-8"),
         (b"[" * 200_000, "JSON"),
         (b"3", "not a JSON object"),
-        ({}, "no input"),
+        ({}, "messages is missing"),
         ({"messages": "hi"}, "messages is empty or not a list"),
         ({"messages": [{"content": "x"}]}, "messages[0] is not a message"),
         ({"prompt": []}, "prompt is not a prompt"),

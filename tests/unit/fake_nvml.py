@@ -15,6 +15,7 @@ class FakeNvml:
     def __init__(self, *, driver: bool = True, has_power: bool = True) -> None:
         self.driver = driver
         self.has_power = has_power
+        self.is_lost = False
         self.gpus = {
             name: SimpleNamespace(used=10 << 30, milliwatts=300_000, millijoules=5_000_000)
             for name in ("GPU-a", "GPU-b")
@@ -33,6 +34,8 @@ class FakeNvml:
         return uuid
 
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
+        if self.is_lost:
+            raise NVMLError("GPU is lost")
         return SimpleNamespace(total=80 << 30, used=self.gpus[handle].used)
 
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:

@@ -194,6 +194,43 @@ def test_a_full_queue_still_lets_in_what_fits_now():
     assert placed_on(core.submit(short_request("short"), 0)) == "a"
 
 
+def test_a_full_queue_gives_up_who_is_due_last_and_not_who_comes_last():
+    core = Admission(
+        CoordinatorSettings(queue_length=4, queue_deadline_seconds=60, short_request_tokens=256),
+        random.Random(0),
+        {"gold": Tier(priority=-1, share=4)},
+    )
+    core.observe(report(free=0), 0)
+    decisions = [core.submit(long_request(f"many{i}"), 0) for i in range(6)]
+    assert [d is None for d in decisions] == [True] * 4 + [False] * 2
+    assert core.submit(Demand("gold", 100, LONG, tier="gold", tenant="g"), 0) is None
+    assert core.submit(Demand("short", 32, SHORT, tenant="s"), 0) is None
+    refusals = core.tick(0.1)
+    assert [(r.reservation, r.status, r.reason) for r in refusals] == [
+        ("many3", 429, "queue_full"), ("many2", 429, "queue_full")
+    ]  # fmt: skip
+    assert core.tick(0.2) == []
+    assert core.snapshot(1).queue_length == {"short": 1, "long": 3}
+
+
+def test_a_minute_of_requests_is_counted_for_the_whole_fleet_and_each_request_once():
+    core = Admission(CoordinatorSettings(), random.Random(0), {"gold": Tier(requests_per_minute=2)})
+    core.observe(report(total=10_000), 0)
+
+    def submit(name, now, **values):
+        return core.submit(Demand(name, 32, SHORT, tier="gold", tenant="g", **values), now)
+
+    placed_on(submit("r1", 0))
+    placed_on(submit("r2", 0))
+    placed_on(submit("r2 again", 0, is_again=True))
+    refusal = submit("r3", 0)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.status, refusal.reason, refusal.retry_after_seconds) == (429, "requests_per_minute", 30)
+    assert core.snapshot(0).tiers["gold"].counts.rejections["requests_per_minute"] == 1
+    core.observe(report(sequence=2, total=10_000), 31)
+    placed_on(submit("r4", 31))
+
+
 def test_retry_after_follows_the_observed_release_rate():
     def retry_after(seconds_per_release):
         core = admission(queue_length=0)

@@ -42,8 +42,8 @@ class Engine:
         self.hold = asyncio.Event()
         self.app = Starlette(
             routes=[
-                Route("/slow", self.slow, methods=["POST"]),
-                Route("/stream", self.stream, methods=["POST"]),
+                Route("/detokenize", self.slow, methods=["POST"]),
+                Route("/v1/messages", self.stream, methods=["POST"]),
                 Route("/{rest:path}", self.answer, methods=["GET", "POST"]),
             ]
         )
@@ -111,19 +111,20 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 @pytest.mark.parametrize(
     ("path", "nobody", "client", "admin"),
     [
-        ("/v1/chat/completions", 401, 200, 200),
-        ("/tokenize", 401, 200, 200),
-        ("/v1/models", 401, 200, 200),
-        ("/metrics", 401, 403, 200),
-        ("/metrics/engines", 401, 403, 200),
-        ("/fleet", 401, 403, 200),
-        ("/v1/load_lora_adapter", 401, 403, 200),
-        ("/v1/chat/completions/", 401, 403, 200),
-        ("/openapi.json", 401, 403, 200),
-        ("/health", 200, 200, 200),
+        ("POST /v1/chat/completions", 401, 200, 200),
+        ("POST /tokenize", 401, 200, 200),
+        ("GET /v1/models", 401, 200, 200),
+        ("GET /metrics", 401, 403, 200),
+        ("GET /metrics/engines", 401, 403, 200),
+        ("GET /fleet", 401, 403, 200),
+        ("POST /v1/load_lora_adapter", 401, 403, 404),
+        ("POST /v1/chat/completions/", 401, 403, 404),
+        ("GET /openapi.json", 401, 403, 200),
+        ("GET /health", 200, 200, 200),
     ],
 )
 async def test_every_path_has_its_rule(ring, path, nobody, client, admin):
+    method, path = path.split()
     async with http(fleet_door(Engine(), required=True, keys=ring)) as ask:
         for headers, status in (
             ({}, nobody),
@@ -131,7 +132,7 @@ async def test_every_path_has_its_rule(ring, path, nobody, client, admin):
             (bearer(KEY), client),
             (bearer(ADMIN_KEY), admin),
         ):
-            answer = await ask.post(path, json=CHAT, headers=headers)
+            answer = await ask.request(method, path, json=CHAT, headers=headers)
             assert answer.status_code == status, (path, headers)
             assert answer.headers["x-request-id"]
 
@@ -175,14 +176,17 @@ async def test_a_client_cannot_take_the_id_of_anothers_reservation():
         for given in ("rsv" + "0" * 32, "mine-1"):
             answer = await ask.post("/v1/completions", json={}, headers={"x-request-id": given})
             assert answer.headers.get_list("x-request-id") == [given]
-    assert all(name.startswith("req") for name in engine.ids)
+        await ask.post("/v1/completions", json={}, headers={"x-request-id": "mine-1", RESERVATION: "rsv1"})
+    *strangers, booked = engine.ids
+    assert all(name.startswith("req") for name in strangers)
+    assert booked == "rsv1"
 
 
 async def test_neither_key_nor_prompt_is_logged(ring, caplog):
     caplog.set_level(logging.DEBUG)
     logging.getLogger("ray.serve").propagate = True
     async with http(fleet_door(Engine(), required=True, keys=ring)) as ask:
-        answer = await ask.post("/fleet", json={"prompt": "a-secret-thought"}, headers=bearer(KEY))
+        answer = await ask.post("/v1/sleep", json={"prompt": "a-secret-thought"}, headers=bearer(KEY))
         await ask.post("/v1/completions", json={"prompt": "a-secret-thought"}, headers=bearer("tf-unknown-key"))
     assert answer.headers["x-request-id"] in caplog.text
     for secret in (KEY, "tf-unknown-key", "a-secret-thought"):
@@ -347,7 +351,7 @@ async def test_a_body_that_trickles_in_is_given_up():
 async def test_a_request_ends_in_the_engine_when_its_time_is_over():
     engine = Engine()
     async with http(fleet_door(engine, limits=SMALL)) as ask:
-        answer = await ask.post("/slow", json={})
+        answer = await ask.post("/detokenize", json={})
         assert answer.status_code == 408
         assert "limits.request_seconds" in answer.json()["error"]["message"]
     assert engine.ended == 1
@@ -363,7 +367,7 @@ async def test_a_stream_breaks_off_without_a_clean_end_when_its_time_is_over():
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/stream", "headers": [], "asgi": {"spec_version": "2.3"}}
+    scope = {"type": "http", "method": "POST", "path": "/v1/messages", "headers": [], "asgi": {"spec_version": "2.3"}}
     await asyncio.wait_for(fleet_door(engine, limits=SMALL)(scope, receive, send), 5)
     await asyncio.sleep(0.05)
     assert engine.ended == 1
@@ -375,7 +379,7 @@ async def test_a_key_has_so_many_requests_at_once_and_not_one_more(ring):
     engine = Engine()
     door = fleet_door(engine, keys=ring, allowances={"gold": Allowance(concurrent_requests=2)})
     async with http(door) as ask:
-        running = [asyncio.create_task(ask.post("/slow", json={}, headers=bearer(KEY))) for _ in range(2)]
+        running = [asyncio.create_task(ask.post("/detokenize", json={}, headers=bearer(KEY))) for _ in range(2)]
         await asyncio.sleep(0.05)
         third = await ask.post("/v1/completions", json={}, headers=bearer(KEY))
         assert (third.status_code, third.headers["retry-after"]) == (429, "1")

@@ -32,6 +32,15 @@ def test_a_slice_that_tells_no_power_is_read_without():
     assert (reading.power_watts, reading.energy_joules, reading.memory_bytes) == (None, None, 80 << 30)
 
 
+def test_of_a_gpu_that_is_lost_nothing_is_told_rather_than_what_was():
+    nvml = FakeNvml()
+    meter = GpuMeter.open({"CUDA_VISIBLE_DEVICES": "0"}, nvml)
+    nvml.is_lost = True
+    assert meter.read() is None
+    nvml.is_lost = False
+    assert meter.read() is not None
+
+
 @pytest.mark.parametrize(("devices", "nvml"), [("0", FakeNvml(driver=False)), ("7", FakeNvml()), ("", FakeNvml())])
 def test_without_driver_or_gpu_there_is_no_meter(devices, nvml):
     assert GpuMeter.open({"CUDA_VISIBLE_DEVICES": devices}, nvml) is None

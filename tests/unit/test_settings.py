@@ -74,6 +74,8 @@ def test_unset_engine_settings_are_left_to_vllm():
         ({"engine": {"max_model_lenn": 1}}, "engine.max_model_lenn is not a setting: did you mean max_model_len?"),
         ({"engine": {"dtype": "int4"}}, "engine.dtype is 'int4': it should be 'auto', 'float32'"),
         ({"engine": {"extra": {"scheduler_cls": "x"}}}, "scheduler_cls is set by the fleet itself"),
+        ({"engine": {"extra": {"ssl_keyfile": "x"}}}, "ssl_keyfile has no effect in a fleet: use a proxy with TLS"),
+        ({"engine": {"extra": {"api_key": "x"}}}, "api_key has no effect in a fleet: use access and the keys of"),
         (
             {"engine": {"num_gpu_blocks": 9, "kv_cache_memory_bytes": 99}},
             "num_gpu_blocks is 9 and kv_cache_memory_bytes is 99: both set the size of the KV pool",
