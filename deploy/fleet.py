@@ -51,7 +51,12 @@ def running_fleet(
     settings.access_on(settings.http.host)  # raises before anything is started
     _check_port(settings)
     folder = Path(tempfile.mkdtemp(prefix="trifleet-", dir="/tmp"))
-    variables = {**RAY, **haproxy.environment(settings), **haproxy.private(folder), MARK: str(folder)}
+    variables = {
+        **RAY,
+        **haproxy.environment(settings),
+        **haproxy.private(folder, settings.http.port),
+        MARK: str(folder),
+    }
     with _environment(variables):
         try:
             progress("Ray")

@@ -88,12 +88,12 @@ def environment(settings: FleetSettings) -> dict[str, str]:
     }
 
 
-def private(folder: Path) -> dict[str, str]:
+def private(folder: Path, port: int) -> dict[str, str]:
     """What a fleet needs beside that on a machine that others use too: free ports, and files in its own `folder`.
 
-    The folder's path is short, because sockets lie in it.
+    The folder's path is short, because sockets lie in it. `port` is the endpoint's, which is still free as well.
     """
-    stats, metrics, fallback, fallback_grpc = free_ports(4)
+    stats, metrics, fallback, fallback_grpc = [free for free in free_ports(5) if free != port][:4]
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_wrapper(folder, (stats, metrics))),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),

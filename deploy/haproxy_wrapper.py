@@ -72,13 +72,13 @@ def adjusted(config: str, loopback: list[int], socket: str, error_file: str) -> 
     for port in loopback:
         config = _once(config, rf"bind \*?:{port}\b", f"bind 127.0.0.1:{port}")
     config = re.sub(r"errorfile (\d+) .*", rf"errorfile \1 {error_file}", config)
-    config = _once(
-        config, _BUFFERS, rf"\g<0>    tune.maxrewrite {REWRITE_BYTES}\n    tune.memory.hot-size {KEPT_BYTES}\n"
-    )
+    config = _once(config, _BUFFERS, rf"\g<0>    tune.memory.hot-size {KEPT_BYTES}\n")
     config = _once(config, _NO_APPLICATION, "    http-request deny deny_status 503")
     config = _once(config, _FRONTEND, rf"\g<0>{_FRONTEND_RULES.format(socket=socket)}")
     if _ROUTER_FAILED in config:
         config = _once(config, _ROUTING, _TOLD)
+        # Without a router the buffers are small, and no body is held.
+        config = _once(config, _BUFFERS, rf"\g<0>    tune.maxrewrite {REWRITE_BYTES}\n")
         config = config.replace(_ROUTER_FAILED, f"{_ROUTER_FAILED} !{_UNREACHABLE}")
         answer = f"return status 503 content-type application/json file {error_file}.json hdr Retry-After 1"
         config = _once(config, _FAILED_ANSWER, answer)

@@ -63,7 +63,7 @@ def examine(
             raise _Wrong(endpoint.prompt_missing, endpoint.prompt)
         limit_name, asked = _output_limit(body, endpoint)
         prompts = _prompt_tokens(body, endpoint, counter)
-        sequences = (_whole_number(body, "n") or 1) * len(prompts or [None])
+        sequences = (_whole_number(body, "n") or 1) * (1 if prompts is None else len(prompts))
         if prompts is None:
             prompt = _estimate(body, raw, endpoint, counter)
             if limit.tokens < served.max_model_len:  # else vLLM, which knows better, will refuse it

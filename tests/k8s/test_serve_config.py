@@ -66,7 +66,7 @@ def cluster() -> Iterator[Cluster]:
     # Short, because sockets lie in it.
     with tempfile.TemporaryDirectory(prefix="k8s-", dir="/tmp") as name:
         folder = Path(name)
-        private = haproxy.private(folder)
+        private = haproxy.private(folder, port)
         pages = [int(private[f"RAY_SERVE_HAPROXY_{page}_PORT"]) for page in ("STATS", "METRICS")]
         haproxy.write_wrapper(folder, [*pages, port])
         environment = {**os.environ, **variables, **private, **TOKEN, MARK: name}
