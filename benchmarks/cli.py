@@ -9,6 +9,8 @@ import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from deploy.output import writable
+
 if TYPE_CHECKING:
     from benchmarks.models import Name
 
@@ -16,7 +18,7 @@ app = typer.Typer(no_args_is_help=True)
 
 LOCAL = Path(__file__).parents[1] / "deploy" / "configs" / "local.yaml"
 Settings = Annotated[Path, typer.Option("--file", "-f", help="the fleet's settings")]
-Json = Annotated[Path | None, typer.Option("--json", help="file for the figures")]
+Json = Annotated[Path | None, typer.Option("--json", help="file for the figures", callback=writable)]
 
 
 # Requests that end before they are compacted, and then two numbers of requests and two lengths; KV memory from one that
@@ -316,7 +318,7 @@ def fleet_sim(
     scenario: Annotated[str, typer.Option(help="busy, moderate, light, overload, or busy-reserving")] = "busy",
     seed: int = 0,
     processes: Annotated[int, typer.Option(min=1, help="routers simulated at once")] = 2,
-    plot: Annotated[Path | None, typer.Option(help="file for the picture (PNG)")] = None,
+    plot: Annotated[Path | None, typer.Option(help="file for the picture (PNG)", callback=writable)] = None,
     json_path: Json = None,
 ) -> None:
     """Headroom against other ways to route: the coordinator's own code, simulated replicas, virtual time."""
@@ -363,7 +365,6 @@ def _report(table: RenderableType, figures: dict[str, Any], json_path: Path | No
 
 def _write(figures: dict[str, Any], json_path: Path | None) -> None:
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
 
 

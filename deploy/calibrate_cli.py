@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from deploy.output import writable
+
 if TYPE_CHECKING:
     from triattention.concentration import Concentration
     from triattention.statistics import QueryStatistics
@@ -19,7 +21,9 @@ console = Console()
 
 def calibrate(
     model: Annotated[str, typer.Option("--model", help="The model's folder, or its id.")],
-    out: Annotated[Path, typer.Option("--out", help="Write the statistics to this file (safetensors).")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Write the statistics to this file (safetensors).", callback=writable)
+    ],
     text: Annotated[
         Path | None, typer.Option("--text", help="A text file like the traffic to come. [default: a text that ships]")
     ] = None,
@@ -30,13 +34,17 @@ def calibrate(
     chunk_tokens: Annotated[int, typer.Option(help="Tokens per forward pass; memory grows with it.", min=2)] = 4096,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")] = "cpu",
     heatmap: Annotated[
-        Path | None, typer.Option(help="Draw the mean resultant length of every head into this PNG.")
+        Path | None, typer.Option(help="Draw the mean resultant length of every head into this PNG.", callback=writable)
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures of every head here.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures of every head here.", callback=writable)
+    ] = None,
 ) -> None:
     """Measure a model's query statistics, which the triattention policy scores with."""
     import transformers
+    from safetensors import SafetensorError
 
+    from triattention.calibration import check_outside
     from triattention.concentration import Concentration
     from triattention.upstream import import_statistics
 
@@ -48,9 +56,10 @@ def calibrate(
         elif text is not None:
             raise ValueError("--text and --import are both set: keep one of them")
         else:
+            check_outside(out, model)
             statistics = import_statistics(upstream, model)
             statistics.save(out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     concentration = Concentration.of(statistics)
@@ -61,7 +70,6 @@ def calibrate(
         console.print(f"Heat map: {heatmap}", soft_wrap=True)
     if json_path is not None:
         figures = {"model": statistics.model_id, "tokens": statistics.tokens, "heads": concentration.plain()}
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
         console.print(f"Figures: {json_path}", soft_wrap=True)
 

@@ -20,6 +20,7 @@ from deploy.doctor_cli import doctor
 from deploy.fleet import FleetError, answers, end_politely, endpoint, running_fleet
 from deploy.keys_cli import app as keys_app
 from deploy.kubernetes.cli import app as k8s_app
+from deploy.output import writable
 from deploy.plan_cli import plan
 from deploy.settings import FleetSettings, SettingsError, load_settings
 
@@ -63,7 +64,9 @@ def demo(
     compare: Annotated[
         bool, typer.Option("--compare", help="The same load again with compression off, in the same KV memory.")
     ] = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.", callback=writable)
+    ] = None,
 ) -> None:
     """Send a mixed load of short chats and long reasoning, and show what compression did."""
     from deploy.demo import DemoError, run_demo, show, write_json
@@ -97,7 +100,9 @@ def demo(
 def status(
     file: SettingsFile = LOCAL,
     once: Annotated[bool, typer.Option("--once", help="Draw once instead of live.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the fleet's state to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the fleet's state to this file.", callback=writable)
+    ] = None,
 ) -> None:
     """Watch every replica's KV blocks, requests and compactions, and the queue."""
     from deploy.status import show_status

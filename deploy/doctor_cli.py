@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from deploy.output import writable
 from deploy.settings import SettingsError, load_settings
 from triattention.config import CompressionConfig
 
@@ -34,7 +35,9 @@ def doctor(
         Path | None, typer.Option(help="The model's query statistics. [default: measured by the engine itself]")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose bound is told.", min=1)] = 512,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the findings to this file.", callback=writable)
+    ] = None,
 ) -> None:
     """Say what would happen if this model were served with compression on this machine, and why."""
     try:
@@ -51,7 +54,6 @@ def doctor(
     console.print(_table(arguments["model"], diagnosis))
     if json_path is not None:
         figures = {"model": arguments["model"], "served": diagnosis.served, **asdict(diagnosis)}
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
     if not diagnosis.served:
         raise typer.Exit(1)

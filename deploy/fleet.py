@@ -98,14 +98,14 @@ def endpoint(settings: FleetSettings) -> str:
 
 def answers(url: str, replicas: int = 1) -> bool:
     """Whether a fleet answers there now, with a state in which at least so many replicas can be sent to, or by asking
-    for a key."""
+    for another key."""
     try:
         response = httpx.get(f"{url}/fleet", timeout=5, headers=key_header())
     except httpx.HTTPError:
         return False
     if response.status_code == 200:
         return sum(replica["reachable"] for replica in response.json()["replicas"]) >= replicas
-    return response.status_code == 401
+    return response.status_code in (401, 403)
 
 
 def _reachable() -> int:

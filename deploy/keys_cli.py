@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from deploy.output import writable
 from deploy.tiers import check_names
 from replicas.access import ADMIN
 
@@ -25,7 +26,9 @@ def _keys() -> None:
 @app.command()
 def new(
     tier: Annotated[str, typer.Option(help=f"the key's tier, or {ADMIN}")] = "default",
-    file: Annotated[Path | None, typer.Option(help="append the hash to this keys file (access.keys_file)")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="append the hash to this keys file (access.keys_file)", callback=writable)
+    ] = None,
 ) -> None:
     """Make a key, print it, and print its hash or append that to a keys file."""
     console = Console()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.model_shape import ModelError, read_shape
+from deploy.output import writable
 from deploy.plan import GIB, Gpu, Load, Plan, PlanError, Prices, Side, make_plan
 from triattention.config import CompressionConfig
 
@@ -42,8 +43,12 @@ def plan(
     price: Annotated[float | None, typer.Option(help="Price of one GPU for one hour.", min=0)] = None,
     watts: Annotated[float | None, typer.Option(help="Power that one GPU draws.", min=0)] = None,
     price_kwh: Annotated[float | None, typer.Option(help="Price of one kWh.", min=0)] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the plan into this file (PNG, SVG or PDF).")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.", callback=writable)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the plan into this file (PNG, SVG or PDF).", callback=writable)
+    ] = None,
 ) -> None:
     """Plan capacity: requests a GPU holds, and GPUs for so many users, with and without compression."""
     try:

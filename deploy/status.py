@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.fleet import FleetError
-from deploy.keys import key_header
+from deploy.keys import KEY_VARIABLE, key_header
 
 REFRESH_SECONDS = 1.0
 BAR_CELLS = 30
@@ -27,9 +27,13 @@ Fleet = dict[str, Any]
 
 
 def read_fleet(url: str) -> Fleet:
-    """Raises `FleetError` where none answers."""
+    """Raises `FleetError` where none answers, or not with its state."""
     try:
         response = httpx.get(f"{url}/fleet", headers={"accept": "application/json", **key_header()}, timeout=5)
+        if response.status_code in (401, 403):
+            raise FleetError(f"The fleet at {url} shows this to an admin key only: set {KEY_VARIABLE} to one.")
+        if response.status_code == 503:
+            raise FleetError(f"The fleet at {url} has no coordinator now: ask again in a few seconds.")
         response.raise_for_status()
         fleet: Fleet = response.json()
     except (httpx.HTTPError, ValueError) as error:
@@ -50,13 +54,17 @@ def show_status(url: str, console: Console, once: bool, json_path: Path | None) 
 
 
 def watch(url: str, fleet: Fleet, update: Callable[[RenderableType], None]) -> None:
-    """Read and draw for ever; the first reading is there."""
+    """Read and draw for ever; the first reading is there. While none answers the last one stays, and why."""
     read_at = time.monotonic()
     while True:
         time.sleep(REFRESH_SECONDS)
         before, began = fleet, read_at
-        fleet, read_at = read_fleet(url), time.monotonic()
-        update(draw(url, fleet, compactions_per_minute(before, fleet, read_at - began)))
+        try:
+            fleet, read_at = read_fleet(url), time.monotonic()
+        except FleetError as error:
+            update(Group(draw(url, fleet, {}), Text(), Text(str(error), "red")))
+        else:
+            update(draw(url, fleet, compactions_per_minute(before, fleet, read_at - began)))
 
 
 def compactions_per_minute(before: Fleet, after: Fleet, seconds: float) -> dict[str, float]:

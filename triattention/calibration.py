@@ -24,6 +24,14 @@ SHIPPED_TEXT = Path(__file__).parent / "text" / "reasoning.txt"
 """Worked problems, code, dialogue and prose, about 3,000 tokens: what is used where nobody brings a text."""
 
 
+def check_outside(out: Path, model: str | Path) -> None:
+    """Raises ValueError where statistics would be taken for weights of the model."""
+    if out.resolve().parent == Path(model).resolve():
+        raise ValueError(
+            f"out is {out}, inside the model's folder, where vLLM would load it as weights: write it somewhere else"
+        )
+
+
 def calibrate(
     model: str | Path,
     text: Iterable[str] | Path,
@@ -52,10 +60,8 @@ def calibrate(
         raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs room for BOS and text, set 2 or more")
     if isinstance(text, Path) and not text.is_file():
         raise ValueError(f"there is no text file {text}: correct the path")
-    if out is not None and out.resolve().parent == Path(model).resolve():
-        raise ValueError(
-            f"out is {out}, inside the model's folder, where vLLM would load it as weights: write it somewhere else"
-        )
+    if out is not None:
+        check_outside(out, model)
     config = read_config(model)
     rope = RopeParameters.from_config(config)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(device).eval()

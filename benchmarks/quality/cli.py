@@ -18,6 +18,7 @@ import bundled
 from benchmarks.quality.problems import Problem, ProblemError, from_file, held_out
 from benchmarks.quality.report import FULL, Report
 from bundled import tasks
+from deploy.output import writable
 from triattention.config import CompressionConfig
 
 POLICIES = (
@@ -64,7 +65,9 @@ def evaluate(
         int | None, typer.Option("--engines", min=1, help="Engines at once; two where there are no GPUs.")
     ] = None,
     kv_cache_mib: Annotated[int, typer.Option("--kv-cache-mib", help="KV memory of an engine.")] = 1_536,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.", callback=writable)
+    ] = None,
     plots: Annotated[Path | None, typer.Option("--plots", help="Write two plots (PNG, SVG) to this folder.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few instances and cells, in five minutes.")] = False,
 ) -> None:

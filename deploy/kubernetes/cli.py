@@ -54,6 +54,8 @@ def validate(
         count, problems = run(text, crds)
     except OSError as error:
         _fail(f"{source} cannot be read: {error.strerror}.")
+    except UnicodeDecodeError:
+        _fail(f"{source} cannot be read: it is not UTF-8 text.")
     except MissingPackageError as error:
         _fail(str(error))
     if not count and not problems:

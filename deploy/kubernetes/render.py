@@ -39,6 +39,7 @@ def serve_config(file: Path, without_keys: bool = False) -> str:
     `without_keys`: whoever reaches the service may use it, unless the settings say otherwise.
     `http.host` stays behind: in a pod HAProxy listens on every interface.
     """
+    load_settings(file)  # its sentences, for a file that cannot be read as well
     values = yaml.safe_load(file.read_text())
     if without_keys:
         values = {"access": {"required": False}, **values}

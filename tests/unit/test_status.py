@@ -2,14 +2,18 @@
 
 import io
 import json
+import time
 from dataclasses import asdict
 
+import httpx
+import pytest
 from rich.console import Console
 
 from deploy.admission import Admission
+from deploy.fleet import FleetError
 from deploy.messages import Demand
 from deploy.settings import CoordinatorSettings
-from deploy.status import BAR_CELLS, bar, compactions_per_minute, draw
+from deploy.status import BAR_CELLS, bar, compactions_per_minute, draw, read_fleet, watch
 from tests.unit.reports import report
 
 
@@ -59,3 +63,46 @@ def test_every_replica_has_its_row_and_the_silent_one_says_so():
     assert "█" * BAR_CELLS in row
     assert any(line.startswith("silent silent") for line in lines)
     assert any("Placed so far: 1" in line for line in lines)
+
+
+class Answers:
+    """Stands for httpx.get: gives these answers in turn, statuses or a fleet."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def __call__(self, url, **_):
+        answer = self.answers.pop(0)
+        request = httpx.Request("GET", url)
+        if isinstance(answer, int):
+            return httpx.Response(answer, request=request)
+        return httpx.Response(200, json=answer, request=request)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [(401, "TRIFLEET_KEY"), (403, "admin key"), (503, "no coordinator now"), (404, "trifleet up")],
+)
+def test_why_there_is_no_picture_is_said_with_the_remedy(monkeypatch, answer, sentence):
+    monkeypatch.setattr(httpx, "get", Answers(answer))
+    with pytest.raises(FleetError, match=sentence):
+        read_fleet("http://somewhere")
+
+
+def test_a_watched_fleet_may_be_without_its_coordinator_for_a_while(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(httpx, "get", Answers(503, fleet(7), 401))
+    console, pictures = Console(width=120, record=True, file=io.StringIO()), []
+
+    def update(drawn):
+        console.print(drawn)
+        pictures.append(drawn)
+        if len(pictures) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watch("http://somewhere", fleet(3), update)
+    text = console.export_text()
+    assert "no coordinator now" in text
+    assert "TRIFLEET_KEY" in text
+    assert text.count("of 100") == 6

@@ -1,0 +1,21 @@
+"""Files that commands write. That one can be written is found out before the work, not after it."""
+
+import tempfile
+from pathlib import Path
+
+import typer
+
+
+def writable(path: Path | None) -> Path | None:
+    """Callback of an option that names a file: makes its folder. Raises `typer.BadParameter`, a sentence."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder: name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written: {error.strerror}.") from None
+    return path

@@ -1,0 +1,60 @@
+"""Files that commands are to write: a path that cannot be is refused before any work, in a sentence."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from deploy.cli import app
+
+PLAN = ["plan", "qwen3-8b", "--gpu-gib", "40", "--json"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def test_the_folder_of_a_file_is_made(tmp_path):
+    file = tmp_path / "new" / "deep" / "plan.json"
+    result = run(*PLAN, str(file))
+    assert result.exit_code == 0, result.output
+    assert json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        PLAN,
+        ["demo", "--json"],
+        ["status", "--json"],
+        ["doctor", "--model", "x", "--json"],
+        ["evaluate", "--json"],
+        ["bench", "router", "--json"],
+        ["keys", "new", "--file"],
+        ["calibrate", "--model", "x", "--out"],
+    ],
+)
+@pytest.mark.parametrize(("name", "sentence"), [("/proc/x.json", "cannot be written"), ("{tmp_path}", "is a folder")])
+def test_what_cannot_be_written_is_told_before_the_work(tmp_path, command, name, sentence):
+    result = run(*command, name.format(tmp_path=tmp_path))
+    assert result.exit_code == 2
+    assert sentence in " ".join(result.output.split())
+    assert "Key (shown" not in result.output
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "\t"])
+def test_settings_that_cannot_be_read_are_a_sentence_of_k8s_render_too(tmp_path, text):
+    file = tmp_path / "fleet.yaml"
+    if text is not None:
+        file.write_text(text)
+    result = run("k8s", "render", "-f", str(file), "--out", str(tmp_path / "generated"))
+    assert result.exit_code == 1
+    assert str(file) in result.output.replace("\n", "")
+    assert not isinstance(result.exception, (OSError, yaml.YAMLError))
+
+
+def test_imported_statistics_do_not_go_into_the_models_folder_either(tmp_path):
+    result = run("calibrate", "--model", str(tmp_path), "--import", "up.pt", "--out", str(tmp_path / "s.safetensors"))
+    assert result.exit_code == 1
+    assert "load it as weights" in result.output.replace("\n", " ")
