@@ -220,6 +220,7 @@ class Card {
     this.events = []; // {at, compactions, freed}
     this.rings = 0;
     this.ringed = 0;
+    this.frame = 0; // that is asked for and has not come; cancelling one that has is no harm
     $("cards").append(this.element);
   }
 
@@ -260,8 +261,9 @@ class Card {
     this.part(".pace").textContent = `${text}; ${size} ${unit} reclaimed so far`;
   }
 
-  /** The pool as squares; while rings fade, drawn again with every frame. */
+  /** The pool as squares; while rings fade, drawn again with every frame, and once however often it is called. */
   draw() {
+    cancelAnimationFrame(this.frame);
     const canvas = this.part(".pool");
     const { engine } = this.replica;
     const blocks = blocksOf(this.replica);
@@ -293,7 +295,7 @@ class Card {
         pen.globalAlpha = 1;
       }
     });
-    if (age < 1 && !calm.matches) requestAnimationFrame(() => this.draw());
+    if (age < 1 && !calm.matches) this.frame = requestAnimationFrame(() => this.draw());
   }
 }
 

@@ -5,6 +5,7 @@ import re
 import time
 from dataclasses import replace
 from importlib.resources import files
+from itertools import count
 
 import httpx
 import pytest
@@ -140,6 +141,35 @@ def test_a_pool_of_many_blocks_stays_a_small_picture(page, changed):
     changed(enlarge)
     page.wait_for("document.querySelector('#square').textContent === 'up to 224 KV blocks'")
     assert page.evaluate("document.querySelector('canvas.pool').clientHeight") < 200
+
+
+COUNT_DRAWS = """(() => {
+    const draw = Card.prototype.draw, request = requestAnimationFrame;
+    let frame, drawn, animates = false;
+    window.mostDraws = 0; // of one card in one animation frame
+    window.requestAnimationFrame = (callback) => request((now) => {
+        if (now !== frame) { frame = now; drawn = new Map(); }
+        animates = true;
+        callback(now);
+        animates = false;
+    });
+    Card.prototype.draw = function () {
+        if (animates) {
+            drawn.set(this, (drawn.get(this) ?? 0) + 1);
+            mostDraws = Math.max(mostDraws, drawn.get(this));
+        }
+        draw.call(this);
+    };
+})()"""
+
+
+def test_rings_at_every_poll_are_drawn_once_a_frame(page, changed):
+    freed = count()
+    changed(lambda replica: replace(replica, engine=replace(replica.engine, freed_blocks=next(freed))))
+    page.evaluate(COUNT_DRAWS)
+    polls = page.evaluate("Math.max(...[...cards.values()].map((card) => card.events.length))")
+    page.wait_for(f"[...cards.values()].every((card) => card.events.length >= {polls + 5})")
+    assert page.evaluate("mostDraws") == 1
 
 
 def test_a_silent_replica_is_shown_and_announced_once(page, changed):
