@@ -183,6 +183,14 @@ def test_a_silent_replica_is_shown_and_announced_once(page, changed):
     assert text(page, "#announcements") == "heard", "numbers and old news are not read out every second"
 
 
+def test_a_draining_replica_is_said_and_is_no_headroom(page, changed):
+    changed(lambda replica: replace(replica, draining=replica.replica == "fake-a", headroom_blocks=12))
+    page.wait_for("document.querySelector('#headroom-note').textContent === '12 of 96 blocks can be promised'")
+    states = page.evaluate("[...document.querySelectorAll('#rows tr')].map((row) => row.children[1].textContent)")
+    assert states == ["drains", "reports"]
+    assert re.fullmatch(r"drains, \d+ decode", text(page, ".replica .state"))
+
+
 def test_a_fleet_that_does_not_answer_is_said_and_comes_back(page, pages, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(pages, "is_up", False)
@@ -221,7 +229,7 @@ def test_the_keyboard_reaches_everything(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_it_is_accessible_and_fits_the_screen(page, size, scheme, changed):
-    changed(lambda replica: replace(replica, fresh=replica.replica != "fake-a"))
+    changed(lambda replica: replace(replica, fresh=replica.replica != "fake-a", draining=True))
     page.look_as(*size, scheme, "reduce")
     page.wait_for("document.querySelectorAll('.replica.silent').length === 1")
     page.evaluate("document.querySelector('details').open = true")
