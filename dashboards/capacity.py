@@ -26,6 +26,7 @@ from dashboards.panels import (
 from dashboards.promql import rate, series
 from deploy.metrics import (
     BLOCK_BYTES,
+    DRAINING,
     FREE_BLOCKS,
     FRESH,
     GENERATED_TOKENS,
@@ -47,8 +48,11 @@ from deploy.metrics import (
     TOTAL_BLOCKS,
 )
 
-# A silent replica takes nothing: its headroom is not the fleet's.
-PLACEABLE = f"{series(HEADROOM_BLOCKS)} * {series(FRESH)}"
+# Nothing is placed on a replica that is silent or drains: its headroom is not the fleet's.
+TAKES_REQUESTS = f"{series(FRESH)} * (1 - {series(DRAINING)})"
+PLACEABLE = f"{series(HEADROOM_BLOCKS)} * {TAKES_REQUESTS}"
+# As a filter: the 0 of a replica that takes nothing is neither the least nor the most that one has left.
+OF_PLACEABLE = f"({series(HEADROOM_BLOCKS)} and {TAKES_REQUESTS} == 1)"
 WATERMARK = (
     f"{series(FREE_BLOCKS)} - {series(RESERVED_BLOCKS)} - {series(PREDICTED_BLOCKS)} - {series(HEADROOM_BLOCKS)}"
 )
@@ -68,8 +72,8 @@ def dashboard() -> Dashboard:
         Row("Now", (
             value(
                 "Headroom",
-                "Blocks that can still be promised to new requests, on replicas that report. Where it stays near 0 "
-                "requests wait: add replicas or lower the budget.",
+                "Blocks that can still be promised to new requests, on replicas that report and do not drain. "
+                "Where it stays near 0 requests wait: add replicas or lower the budget.",
                 BLOCKS, Query(f"sum({PLACEABLE})", "headroom"),
             ),
             value(
@@ -79,18 +83,20 @@ def dashboard() -> Dashboard:
             ),
             value(
                 "Lowest headroom",
-                "The fullest replica. A long request fits only where one replica alone has the headroom.",
-                BLOCKS, Query(f"bottomk(1, {PLACEABLE})", "{{replica}}"), width=5,
+                "The fullest replica of those that take requests. A long request fits only where one replica alone "
+                "has the headroom.",
+                BLOCKS, Query(f"bottomk(1, {OF_PLACEABLE})", "{{replica}}"), width=5,
             ),
             value(
                 "Highest headroom",
-                "The emptiest replica: the largest request that starts at once needs no more than this.",
-                BLOCKS, Query(f"topk(1, {PLACEABLE})", "{{replica}}"), width=5,
+                "The emptiest replica of those that take requests: the largest request that starts at once needs no "
+                "more than this.",
+                BLOCKS, Query(f"topk(1, {OF_PLACEABLE})", "{{replica}}"), width=5,
             ),
             value(
                 "Replicas that take requests",
-                "Those that report. See dashboard Routing for the others.",
-                COUNT, Query(f"sum({series(FRESH)})", "replicas"), width=3,
+                "Those that report and do not drain. See dashboard Routing for the others.",
+                COUNT, Query(f"sum({TAKES_REQUESTS})", "replicas"), width=3,
             ),
             value(
                 "Requests that decode",
@@ -102,13 +108,16 @@ def dashboard() -> Dashboard:
             stacked(
                 "What the fleet's blocks are taken by",
                 "Live: held by requests. Predicted: what running requests may still take, up to their bound. "
-                "Reserved: promised to requests that no report shows yet. Headroom: free to promise.",
+                "Reserved: promised to requests that no report shows yet. Headroom: free to promise. "
+                "Out of placement: it would be, on replicas that are silent or drain.",
                 BLOCKS,
-                {"live": BLUE, "predicted": ORANGE, "reserved": PURPLE, "headroom": GREEN, "watermark": GREY},
+                {"live": BLUE, "predicted": ORANGE, "reserved": PURPLE, "headroom": GREEN, "out of placement": RED,
+                 "watermark": GREY},
                 Query(f"sum({series(HELD_BLOCKS)})", "live"),
                 Query(f"sum({series(PREDICTED_BLOCKS)})", "predicted"),
                 Query(f"sum({series(RESERVED_BLOCKS)})", "reserved"),
-                Query(f"sum(clamp_min({series(HEADROOM_BLOCKS)}, 0))", "headroom"),
+                Query(f"sum(clamp_min({PLACEABLE}, 0))", "headroom"),
+                Query(f"sum(clamp_min({series(HEADROOM_BLOCKS)}, 0) * (1 - {TAKES_REQUESTS}))", "out of placement"),
                 Query(f"sum({WATERMARK})", "watermark"),
                 line=Query(f"sum({series(TOTAL_BLOCKS)})", "capacity"),
                 width=16,

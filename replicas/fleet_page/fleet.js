@@ -56,6 +56,9 @@ function blocksOf(replica) {
   return { pinned, live: held - pinned, predicted, reserved, free: free - predicted - reserved };
 }
 
+/** Whether anything new is placed there. */
+const takesRequests = (replica) => replica.fresh && !replica.draining;
+
 const sum = (items, value) => items.reduce((total, item) => total + value(item), 0);
 
 function bytes(count) {
@@ -109,7 +112,7 @@ function figures(fleet) {
   figure("running", number.format(total("running")), "decode",
     waiting ? `${number.format(waiting)} wait for room` : "none wait");
   const pool = total("total_blocks");
-  const headroom = sum(replicas, (replica) => (replica.fresh ? Math.max(0, replica.headroom_blocks) : 0));
+  const headroom = sum(replicas, (replica) => (takesRequests(replica) ? Math.max(0, replica.headroom_blocks) : 0));
   figure("headroom", pool ? String(Math.round((100 * headroom) / pool)) : "–", pool ? "%" : "",
     `${number.format(headroom)} of ${count(pool, "block")} can be promised`);
   const idle = replicas.length > 0 && !total("running") && !total("compactions");
@@ -170,7 +173,7 @@ function niceAbove(value) {
 function table(replicas) {
   const columns = {
     "Replica": (r) => r.replica,
-    "State": (r) => (r.fresh ? "reports" : "silent"),
+    "State": (r) => (!r.fresh ? "silent" : r.draining ? "drains" : "reports"),
     "Blocks": (r) => r.engine.total_blocks,
     "Pinned prompt": (r) => blocksOf(r).pinned,
     "Live": (r) => blocksOf(r).live,
@@ -220,6 +223,7 @@ class Card {
     this.events = []; // {at, compactions, freed}
     this.rings = 0;
     this.ringed = 0;
+    this.frame = 0; // that is asked for and has not come; cancelling one that has is no harm
     $("cards").append(this.element);
   }
 
@@ -234,7 +238,8 @@ class Card {
     if (freed > 0) { this.rings = freed; this.ringed = performance.now(); }
     this.element.classList.toggle("silent", !replica.fresh);
     this.part(".state").textContent = replica.fresh
-      ? `${number.format(engine.running)} decode` : `silent for ${Math.round(replica.report_age_seconds)} s`;
+      ? `${replica.draining ? "drains, " : ""}${number.format(engine.running)} decode`
+      : `silent for ${Math.round(replica.report_age_seconds)} s`;
     const blocks = blocksOf(replica);
     const held = blocks.pinned + blocks.live;
     this.part(".blocks").innerHTML = `<b>${number.format(held)}</b> of ${number.format(engine.total_blocks)} blocks ` +
@@ -260,8 +265,9 @@ class Card {
     this.part(".pace").textContent = `${text}; ${size} ${unit} reclaimed so far`;
   }
 
-  /** The pool as squares; while rings fade, drawn again with every frame. */
+  /** The pool as squares; while rings fade, drawn again with every frame, and once however often it is called. */
   draw() {
+    cancelAnimationFrame(this.frame);
     const canvas = this.part(".pool");
     const { engine } = this.replica;
     const blocks = blocksOf(this.replica);
@@ -293,7 +299,7 @@ class Card {
         pen.globalAlpha = 1;
       }
     });
-    if (age < 1 && !calm.matches) requestAnimationFrame(() => this.draw());
+    if (age < 1 && !calm.matches) this.frame = requestAnimationFrame(() => this.draw());
   }
 }
 

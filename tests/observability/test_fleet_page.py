@@ -5,6 +5,7 @@ import re
 import time
 from dataclasses import replace
 from importlib.resources import files
+from itertools import count
 
 import httpx
 import pytest
@@ -142,6 +143,35 @@ def test_a_pool_of_many_blocks_stays_a_small_picture(page, changed):
     assert page.evaluate("document.querySelector('canvas.pool').clientHeight") < 200
 
 
+COUNT_DRAWS = """(() => {
+    const draw = Card.prototype.draw, request = requestAnimationFrame;
+    let frame, drawn, animates = false;
+    window.mostDraws = 0; // of one card in one animation frame
+    window.requestAnimationFrame = (callback) => request((now) => {
+        if (now !== frame) { frame = now; drawn = new Map(); }
+        animates = true;
+        callback(now);
+        animates = false;
+    });
+    Card.prototype.draw = function () {
+        if (animates) {
+            drawn.set(this, (drawn.get(this) ?? 0) + 1);
+            mostDraws = Math.max(mostDraws, drawn.get(this));
+        }
+        draw.call(this);
+    };
+})()"""
+
+
+def test_rings_at_every_poll_are_drawn_once_a_frame(page, changed):
+    freed = count()
+    changed(lambda replica: replace(replica, engine=replace(replica.engine, freed_blocks=next(freed))))
+    page.evaluate(COUNT_DRAWS)
+    polls = page.evaluate("Math.max(...[...cards.values()].map((card) => card.events.length))")
+    page.wait_for(f"[...cards.values()].every((card) => card.events.length >= {polls + 5})")
+    assert page.evaluate("mostDraws") == 1
+
+
 def test_a_silent_replica_is_shown_and_announced_once(page, changed):
     assert text(page, "#announcements") == ""
     changed(lambda replica: replace(replica, fresh=replica.replica != "fake-a", report_age_seconds=7.2))
@@ -151,6 +181,14 @@ def test_a_silent_replica_is_shown_and_announced_once(page, changed):
     page.evaluate("document.querySelector('#announcements').textContent = 'heard'")
     time.sleep(2.2)
     assert text(page, "#announcements") == "heard", "numbers and old news are not read out every second"
+
+
+def test_a_draining_replica_is_said_and_is_no_headroom(page, changed):
+    changed(lambda replica: replace(replica, draining=replica.replica == "fake-a", headroom_blocks=12))
+    page.wait_for("document.querySelector('#headroom-note').textContent === '12 of 96 blocks can be promised'")
+    states = page.evaluate("[...document.querySelectorAll('#rows tr')].map((row) => row.children[1].textContent)")
+    assert states == ["drains", "reports"]
+    assert re.fullmatch(r"drains, \d+ decode", text(page, ".replica .state"))
 
 
 def test_a_fleet_that_does_not_answer_is_said_and_comes_back(page, pages, monkeypatch):
@@ -191,7 +229,7 @@ def test_the_keyboard_reaches_everything(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_it_is_accessible_and_fits_the_screen(page, size, scheme, changed):
-    changed(lambda replica: replace(replica, fresh=replica.replica != "fake-a"))
+    changed(lambda replica: replace(replica, fresh=replica.replica != "fake-a", draining=True))
     page.look_as(*size, scheme, "reduce")
     page.wait_for("document.querySelectorAll('.replica.silent').length === 1")
     page.evaluate("document.querySelector('details').open = true")
