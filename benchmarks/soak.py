@@ -43,7 +43,7 @@ class Traces:
 
     samples: defaultdict[str, list[tuple[float, int, int]]] = field(default_factory=lambda: defaultdict(list))
     series: list[int] = field(default_factory=list)
-    """Number of samples on the fleet's /metrics."""
+    """Number of series on the fleet's /metrics, reading by reading."""
 
     def take(self, seconds: float) -> None:
         for process in psutil.Process().children(recursive=True):
@@ -101,6 +101,7 @@ async def _soak(url: str, settings: FleetSettings, seconds: float) -> dict[str, 
     watch = asyncio.create_task(_watch(traces, url, began))
     outcomes: list[Outcome] = []
     disturbed = Disturbances()
+    after_first_wave = 0
     for wave in count():
         if time.monotonic() - began >= seconds:
             break
@@ -110,6 +111,9 @@ async def _soak(url: str, settings: FleetSettings, seconds: float) -> dict[str, 
             _disturb(url, settings.served_model_name, wave, disturbed),
         )
         outcomes += results
+        if wave == 0:
+            # Those who disturb have brought the last labels, reasons of refusals that only the router knows.
+            after_first_wave = len(traces.series)
     lasted = time.monotonic() - began
     watch.cancel()
     held, reserved = await settled(url)
@@ -129,7 +133,7 @@ async def _soak(url: str, settings: FleetSettings, seconds: float) -> dict[str, 
         "preemptions": after.total(metrics.PREEMPTIONS) - before.total(metrics.PREEMPTIONS),
         "leaked_blocks": held,
         "leaked_reservations": reserved,
-        "metrics_series_first": traces.series[len(traces.series) // 2],
+        "metrics_series_first": traces.series[min(after_first_wave, len(traces.series) - 1)],
         "metrics_series_last": traces.series[-1],
         "processes": growth,
         "rss_slope_mb_per_hour": {name: row["rss_slope_mb_per_hour"] for name, row in growth.items()},

@@ -4,7 +4,9 @@ Owns the reading of configs and of quantization; what follows for a GPU is `depl
 """
 
 import json
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +75,14 @@ def read_shape(model: str, weights_bytes: int | None = None) -> ModelShape:
     elif on_disk := _bytes_on_disk(file.parent):
         weights, how = on_disk, "as they lie on disk"
     else:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+        try:
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(config)
+        except (AttributeError, ImportError, KeyError, TypeError, ValueError):
+            raise ModelError(
+                f"transformers makes no text model of the {type(config).__name__} in {file}, so its parameters cannot "
+                "be counted: give the size of the weights, --weights-gib."
+            ) from None
         weights, how = _weights(skeleton, _BYTES_PER_VALUE[dtype] * 8, quantization)
     heads = config.num_attention_heads
     return ModelShape(
@@ -105,20 +113,33 @@ def _config_file(model: str) -> tuple[Path, str]:
 
 
 def _layers(config: Any, file: Path) -> tuple[int, int]:
-    """How many layers attend to everything, and how many through a sliding window."""
+    """How many layers attend to everything, and how many through a sliding window.
+
+    Raises `ModelError` where nothing of the cache is compacted.
+    """
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ModelError(f"{file} describes multi-head latent attention, whose cache is not compacted: no plan for it.")
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    # As vLLM has it: a window without kinds of layers is every layer's, and without a window no layer slides.
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ModelError(f"{file} has layers of type {unknown[0]}, whose memory this plan does not know.")
-    return kinds.count("full_attention"), kinds.count("sliding_attention")
+    sliding = kinds.count("sliding_attention") if window else 0
+    if sliding == len(kinds):
+        raise ModelError(
+            f"Every layer of {file} sees a sliding window of {window:,} tokens, so nothing of its cache is compacted: "
+            "no plan for it, serve it without compression."
+        )
+    return len(kinds) - sliding, sliding
 
 
 def _bytes_on_disk(folder: Path) -> int:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return int(json.loads(index.read_text())["metadata"]["total_size"])
+        metadata = json.loads(index.read_text()).get("metadata") or {}
+        if "total_size" in metadata:
+            return int(metadata["total_size"])
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -133,25 +154,58 @@ def _weights(skeleton: Any, plain_bits: int, quantization: dict[str, Any] | None
     packed = sum(
         parameter.numel()
         for name, parameter in every.items()
-        if parameter.ndim > 1 and id(parameter) not in ends and not any(part in name for part in untouched)
+        if parameter.ndim > 1 and id(parameter) not in ends and not _is_among(name.removesuffix(".weight"), untouched)
     )
     sums = f"{packed / 1e9:.2f} G parameters × {bits:.2f} bits + {(total - packed) / 1e9:.2f} G × {plain_bits} bits"
     return int(packed * bits + (total - packed) * plain_bits) // 8, sums
 
 
+def _is_among(module: str, patterns: list[str]) -> bool:
+    """Whether one of a quantization's patterns names the module, in the three ways that they are written.
+
+    >>> _is_among("model.layers.3.self_attn.q_proj", ["lm_head", "model.layers.*.self_attn"])
+    True
+    """
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            found = re.match(pattern.removeprefix("re:"), module) is not None
+        elif "*" in pattern:
+            found = fnmatch(module, f"*{pattern}*")
+        else:
+            found = pattern in module
+        if found:
+            return True
+    return False
+
+
 def _quantization(values: dict[str, Any]) -> tuple[float, list[str]]:
-    """Bits per weight with its share of scales and zero points, and parts of names that are not quantized."""
+    """Bits per weight with its share of scales and zero points, and patterns of modules that are not quantized."""
     method = values.get("quant_method")
     untouched = list(values.get("modules_to_not_convert") or values.get("ignore") or [])
+    try:
+        bits = _bits(method, values)
+    except (KeyError, StopIteration, TypeError):
+        raise ModelError(
+            f"The quantization {method} does not say how many bits a weight has and in groups of what size: "
+            "give the size of the weights, --weights-gib."
+        ) from None
+    if bits is None:
+        raise ModelError(f"The quantization {method} is not known here: give the size of the weights, --weights-gib.")
+    return bits, untouched
+
+
+def _bits(method: str | None, values: dict[str, Any]) -> float | None:
+    """None for a method that is not known. Raises what a missing value raises."""
     if method in ("awq", "gptq"):
-        bits, group = values["bits"], values["group_size"]
-        return bits + ((_SCALE_BITS + bits) / group if group > 0 else 0), untouched
+        bits = values["w_bit"] if "w_bit" in values else values["bits"]
+        group = values["q_group_size"] if "q_group_size" in values else values["group_size"]
+        return bits + ((_SCALE_BITS + bits) / group if group > 0 else 0)
     if method == "compressed-tensors":
-        weights = [group["weights"] for group in values["config_groups"].values()]
-        bits, group = weights[0]["num_bits"], weights[0].get("group_size") or 0
-        return bits + (_SCALE_BITS / group if group > 0 else 0), untouched
+        weights = next(iter(values["config_groups"].values()))["weights"]
+        bits, group = weights["num_bits"], weights.get("group_size") or 0
+        return bits + (_SCALE_BITS / group if group > 0 else 0)
     if method == "fp8":
-        return 8.0, untouched
+        return 8.0
     if method == "mxfp4":
-        return 4 + 8 / 32, untouched
-    raise ModelError(f"The quantization {method} is not known here: give the size of the weights, --weights-gib.")
+        return 4 + 8 / 32
+    return None

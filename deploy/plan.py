@@ -121,6 +121,11 @@ def make_plan(
             f"tensor parallel is {tensor_parallel}, but {model.name} has {model.attention_heads} attention heads: "
             "choose a number that divides them."
         )
+    if model.kv_heads % tensor_parallel and tensor_parallel % model.kv_heads:
+        raise PlanError(
+            f"tensor parallel is {tensor_parallel}, but {model.name} has {model.kv_heads} KV heads: choose a number "
+            "that divides them, or a multiple of them."
+        )
     weights = model.weights_bytes // tensor_parallel
     kv = int(gpu.memory_bytes * gpu.utilization) - weights - gpu.overhead_bytes
     per_token = model.bytes_per_token(model.full_layers, tensor_parallel)

@@ -1,6 +1,7 @@
 """One engine in this process answers all problems under one policy and budget. Owns the counts of blocks and time."""
 
 import gc
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -52,42 +53,44 @@ def run(
 
     Without `compression` the engine is plain vLLM with reports. Needs VLLM_ENABLE_V1_MULTIPROCESSING=0, so that the
     blocks which a request holds can be read between two steps.
+    Raises ValueError where the model's length or the KV memory is too small for the longest of them.
     """
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     arguments: dict[str, Any] = {**on_this_machine({}), **engine_arguments(compression)}
-    llm = LLM(
-        str(model),
-        block_size=BLOCK_SIZE,
-        max_num_seqs=sequences,
-        kv_cache_memory_bytes=kv_cache_bytes,
-        enforce_eager=True,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        **arguments,
-    )
+    asked = _asked(model, problems)
+    longest = max(len(ids) + limit for ids, limit in asked)
+    try:
+        llm = LLM(
+            str(model),
+            block_size=BLOCK_SIZE,
+            max_model_len=longest,  # vLLM wants KV memory for it, and the model's own may be far more
+            max_num_seqs=sequences,
+            kv_cache_memory_bytes=kv_cache_bytes,
+            enforce_eager=True,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **arguments,
+        )
+    except ValueError as error:
+        needed = re.search(r"([\d.]+ GiB) KV cache is needed", str(error))
+        if needed is None:
+            raise
+        raise ValueError(
+            f"--kv-cache-mib is {kv_cache_bytes >> 20}, but {longest} tokens, the longest prompt with its reply, take "
+            f"{needed[1]} of KV memory: raise --kv-cache-mib, or ask for shorter replies (--max-tokens, --longest)"
+        ) from None
     try:
         tokenizer = llm.get_tokenizer()
         engine = llm.llm_engine
         scheduler = engine.engine_core.engine_core.scheduler
-        limits = [
-            problem.max_tokens or len(tokenizer.encode(problem.reply)) + TOKENS_BEYOND_REPLY for problem in problems
-        ]
         waiting: dict[str, Problem] = {}
         for number, problem in enumerate(problems):
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": problem.prompt}], add_generation_prompt=True, tokenize=False
-            )
-            ids = tokenizer.encode(prompt, add_special_tokens=False)
-            if len(ids) + limits[number] > llm.model_config.max_model_len:
-                raise ValueError(
-                    f"a prompt of {len(ids)} tokens and {limits[number]} tokens of reply exceed the model's "
-                    f"{llm.model_config.max_model_len}: shorten the prompt or lower --max-tokens"
-                )
+            ids, limit = asked[number]
             # Text is made once, at the end, and not for every token of every request.
             params = SamplingParams(
-                temperature=0, max_tokens=limits[number], detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+                temperature=0, max_tokens=limit, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
             )
             engine.add_request(str(number), {"prompt_token_ids": ids}, params)
             waiting[str(number)] = problem
@@ -119,6 +122,29 @@ def run(
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+def _asked(model: Path, problems: list[Problem]) -> list[tuple[list[int], int]]:
+    """Each problem's prompt in the model's tokens, and the most tokens of its reply. Starts no engine."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+    config = EngineArgs(str(model)).create_model_config()
+    tokenizer: Any = cached_tokenizer_from_config(config)
+    asked = []
+    for problem in problems:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem.prompt}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        limit = problem.max_tokens or len(tokenizer.encode(problem.reply)) + TOKENS_BEYOND_REPLY
+        if len(ids) + limit > config.max_model_len:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and {limit} tokens of reply exceed the model's "
+                f"{config.max_model_len}: shorten the prompt or lower --max-tokens"
+            )
+        asked.append((ids, limit))
+    return asked
 
 
 def run_cell(

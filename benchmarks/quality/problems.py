@@ -41,7 +41,7 @@ def from_file(path: Path, max_tokens: int) -> list[Problem]:
     Raises ProblemError, with the line's number, for a line that is something else, and for an empty file.
     """
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -60,8 +60,14 @@ def from_file(path: Path, max_tokens: int) -> list[Problem]:
 
 
 def _states(answer: str) -> Callable[[str], bool]:
-    """Whether the last line of a reply that holds anything has the answer in it as words of their own."""
-    pattern = re.compile(r"(?<![\w.])" + r"\s+".join(map(re.escape, answer.split())) + r"(?![\w]|\.\d)")
+    """Whether the last line of a reply that holds anything has the answer in it as words of their own.
+
+    Where the answer begins or ends with a number, it is the whole number: 5 is in "x = 5." but not in -5, 1/5, 5,000.
+    """
+    words = answer.split()
+    before = r"(?<![\w.,/+\-−])" if re.match(r"[+\-−]?\d", words[0]) else r"(?<![\w.])"
+    after = r"(?!\w|[.,/]\d)" if words[-1][-1].isdigit() else r"(?!\w|\.\d)"
+    pattern = re.compile(before + r"\s+".join(map(re.escape, words)) + after)
 
     def states(reply: str) -> bool:
         lines = reply.strip().splitlines()

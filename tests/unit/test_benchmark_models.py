@@ -1,4 +1,4 @@
-"""The benchmark's model has the proportions that its docstring claims."""
+"""The benchmark's model has the proportions that its docstring claims, and its loads fit where they can."""
 
 from pathlib import Path
 
@@ -6,8 +6,9 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from benchmarks.loads import TIGHT
+from benchmarks.loads import AMPLE, TIGHT
 from benchmarks.models import QWEN3_8B, TOKENS_STAND_FOR, model
+from benchmarks.sweep import CellLoad
 from triattention.statistics import QueryStatistics
 
 
@@ -26,3 +27,12 @@ def test_kv_memory_and_weights_stand_to_each_other_as_in_the_deployment() -> Non
         assert config.num_attention_heads // config.num_key_value_heads == 32 // 8
         QueryStatistics.load(made.statistics, config, range(config.num_hidden_layers))
     assert not made.path.exists()
+
+
+@pytest.mark.parametrize(("pool_tokens", "fits"), [(512, False), (544, True), (4096, True)])
+def test_plain_vllm_takes_part_in_a_cell_whose_memory_holds_one_of_its_requests(pool_tokens: int, fits: bool) -> None:
+    assert CellLoad(requests=32, output_tokens=300, pool_tokens=pool_tokens, budget=256).fits_whole == fits
+
+
+def test_the_published_loads_have_the_length_that_they_were_measured_with() -> None:
+    assert (TIGHT.max_model_len, AMPLE.max_model_len) == (4096, 4096)

@@ -89,12 +89,15 @@ def test_weights_in_the_folder_count_as_they_lie_there(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 5000}}')
     assert read_shape(folder).weights_bytes == 5000
     assert read_shape(folder, weights_bytes=7).weights_bytes == 7
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert read_shape(folder).weights_bytes == 1000
 
 
 @pytest.mark.parametrize(
     ("quantization", "bits"),
     [
         ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 16}, 4 + 20 / 16),
         ({"quant_method": "fp8"}, 8),
         ({"quant_method": "mxfp4"}, 4.25),
         (
@@ -115,8 +118,44 @@ def test_quantization_says_how_many_bits_a_weight_has(tmp_path, quantization, bi
 
 
 @pytest.mark.parametrize(
+    ("method", "key", "pattern"),
+    [
+        ("fp8", "modules_to_not_convert", "self_attn"),
+        ("mxfp4", "modules_to_not_convert", "model.layers.*.self_attn"),
+        ("fp8", "ignore", "re:.*self_attn.*"),
+        ("fp8", "ignore", r"re:model\.layers\.\d+\.self_attn\.[qkvo]_proj$"),
+    ],
+)
+def test_modules_that_a_quantization_leaves_out_weigh_what_they_did(tmp_path, method, key, pattern):
+    plain = read_shape(write_config(tmp_path)).weights_bytes
+    quantization = {"quant_method": method, key: [pattern, "re:self_attn"]}  # the last one: from a name's beginning
+    quantized = read_shape(write_config(tmp_path, quantization_config=quantization)).weights_bytes
+    assert plain - quantized == pytest.approx(3 * 3 * 32 * 48 * (16 - (4.25 if method == "mxfp4" else 8)) / 8, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sliding"),
+    [
+        ({"model_type": "starcoder2", "sliding_window": None}, 0),
+        ({"model_type": "mistral", "sliding_window": 0}, 0),
+        ({"sliding_window": 64, "use_sliding_window": False, "max_window_layers": 0}, 0),
+        ({"sliding_window": 64, "layer_types": ["full_attention"] + ["sliding_attention"] * 2}, 0),
+        ({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, 2),
+    ],
+)
+def test_layers_slide_where_vllm_has_a_window_for_them(tmp_path, changes, sliding):
+    shape = read_shape(write_config(tmp_path, **changes))
+    assert (shape.full_layers, shape.sliding_layers) == (3 - sliding, sliding)
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"model_type": "starcoder2", "sliding_window": 64}, "Every layer of .* window of 64 tokens"),
+        ({"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 0}, "window of 4,096 tokens"),
+        ({"model_type": "qwen2_5_vl"}, "Qwen2_5_VLTextConfig in .* --weights-gib"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq does not say .* --weights-gib"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}, "tensors does not say"),
         ({"quantization_config": {"quant_method": "magic"}}, "quantization magic is not known"),
         ({"layer_types": ["linear_attention"] * 3}, "layers of type linear_attention"),
         ({"model_type": "no-such-model"}, "not a model's config.json that transformers knows"),
@@ -133,6 +172,14 @@ def test_weights_that_do_not_fit_are_a_sentence():
         make_plan(read_shape("qwen3-32b"), CARD, ARTICLE, compression(2048))
     with pytest.raises(PlanError, match="has 64 attention heads"):
         make_plan(read_shape("qwen3-32b"), CARD, ARTICLE, compression(2048), tensor_parallel=3)
+
+
+def test_kv_heads_that_vllm_cannot_split_over_the_gpus_are_a_sentence(tmp_path):
+    shape = read_shape(write_config(tmp_path, num_attention_heads=40, num_key_value_heads=10))
+    for gpus in (5, 20):  # two heads each; each head twice
+        assert make_plan(shape, CARD, ARTICLE, compression(2048), tensor_parallel=gpus)
+    with pytest.raises(PlanError, match=r"tensor parallel is 4, but .* has 10 KV heads: choose"):
+        make_plan(shape, CARD, ARTICLE, compression(2048), tensor_parallel=4)
 
 
 def test_prices_and_power_are_of_the_gpus_of_each_side(article):

@@ -82,6 +82,35 @@ def test_problems_of_a_file_are_right_where_the_last_line_has_the_answer_as_word
 
 
 @pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("5", ["5", "x=5.", "5, I think", "(5)", "**5**", "$5$", "1, 5", "5%", "3 - 5"],
+         ["-5", "−5", "+5", "1/5", "5/6", "12,5", "5,000", "5.5", ".5", "15", "50", "5e3"]),
+        ("-5", ["-5", "x=-5."], ["5", "3-5", "-5.5", "-5,000"]),
+        ("3/4", ["3/4"], ["3/40", "-3/4", "13/4", "3/4/5"]),
+        ("1,000", ["1,000", "1,000."], ["1,000,000", "21,000", "-1,000", "1000"]),
+        ("5 km", ["5 km", "5   km."], ["-5 km", "12,5 km", "5 kms"]),
+        ("Apollo 1", ["Apollo 1.", "(Apollo 1)", "so,Apollo 1"], ["Apollo 11", "Apollo 1,1"]),
+    ],
+)  # fmt: skip
+def test_a_number_is_right_where_it_is_the_whole_number(
+    tmp_path: Path, answer: str, right: list[str], wrong: list[str]
+) -> None:
+    file = tmp_path / "numbers.jsonl"
+    file.write_text(json.dumps({"prompt": "?", "answer": answer}))
+    (problem,) = from_file(file, max_tokens=50)
+    assert [reply for reply in right if not problem.is_correct(reply)] == []
+    assert [reply for reply in wrong if problem.is_correct(reply)] == []
+
+
+def test_a_file_has_lines_that_end_with_newlines_alone_and_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "words.jsonl"
+    lines = ('{"prompt": "a\u2028b\u0085c", "answer": "d"}', '{"prompt": "e", "answer": "f"}')
+    file.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert [problem.prompt for problem in from_file(file, max_tokens=50)] == ["a\u2028b\u0085c", "e"]
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', "line 2 is no problem"),
