@@ -181,7 +181,9 @@ def _is_among(module: str, patterns: list[str]) -> bool:
 def _quantization(values: dict[str, Any]) -> tuple[float, list[str]]:
     """Bits per weight with its share of scales and zero points, and patterns of modules that are not quantized."""
     method = values.get("quant_method")
-    untouched = list(values.get("modules_to_not_convert") or values.get("ignore") or [])
+    untouched = next(
+        (list(values[key]) for key in ("modules_to_not_convert", "ignored_layers", "ignore") if values.get(key)), []
+    )
     try:
         bits = _bits(method, values)
     except (KeyError, StopIteration, TypeError):
