@@ -6,8 +6,9 @@ metadata builder, cache views and Triton kernels. All Triton kernels run under T
 Faked, and nothing else: a Triton driver that says it is active, a compute capability of 9.0, the choice of attention
 backend (vLLM's CPU platform knows one only), and CPUWorker under GPUCompactionWorker in place of vLLM's CUDA worker.
 
-JOB is a JSON file with `model`, `block_size`, `prompts`, `tokens`, `compression`, `asynchronous`, `warm_up`; results are
-written beside it. Nothing here may be imported by a test: the interpreter would be on for every kernel of its process.
+JOB is a JSON file with `model`, `block_size`, `prompts`, `tokens`, `compression`, `asynchronous` and `warm_up`; results
+are written beside it. Nothing here may be imported by a test: the interpreter would be on for every kernel of its
+process.
 """
 
 import json
