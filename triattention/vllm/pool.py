@@ -126,10 +126,9 @@ class Pool:
         if self.promised_blocks is None:
             self.promised_blocks = self._promised()
         lacking = self.promised_blocks + self.bound(request) - self.total_blocks
-        if lacking > 0 and hits:
-            pinned = {block.block_id for blocks in self._pinned(manager) for block in blocks}
-            own = hits[: manager.pinned_blocks(request.num_prompt_tokens)]
-            lacking -= sum(block.block_id in pinned for block in own)
+        held = [block.block_id for block in hits[: manager.pinned_blocks(request.num_prompt_tokens)] if block.ref_cnt]
+        if 0 < lacking <= len(held):
+            lacking -= len({block.block_id for blocks in self._pinned(manager) for block in blocks}.intersection(held))
         if lacking <= 0:
             self.promised_blocks = None  # it is about to run
         return lacking <= 0
