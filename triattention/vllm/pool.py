@@ -6,6 +6,7 @@ admitted beside what runs, in which chunks a preempted request comes back. Each 
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -137,8 +138,13 @@ class Pool:
         running = [request_id for request_id, blocks in self.compacted[0].req_to_blocks.items() if blocks]
         promised = sum(self.bound(self.requests[request_id]) for request_id in running)
         for manager in self.compacted:
-            pinned = self._pinned(manager)
-            promised -= sum(map(len, pinned)) - len({block.block_id for blocks in pinned for block in blocks})
+            # Hits are a table's first blocks, so what is shared stands there; the long rest is not looked at.
+            shared = [
+                block.block_id
+                for blocks in self._pinned(manager)
+                for block in takewhile(lambda block: block.ref_cnt > 1, blocks)
+            ]
+            promised -= len(shared) - len(set(shared))
         return promised
 
     def _pinned(self, manager: CompactedAttentionManager) -> list[list[KVCacheBlock]]:
