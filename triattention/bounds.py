@@ -7,6 +7,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def most_live_tokens(block_size: int, config: CompressionConfig) -> int:
+    """Most processed tokens behind its pinned blocks that a request keeps: with one more it is compacted."""
+    return config.budget + max(config.interval, block_size) - 1
+
+
 def blocks_bound(
     prompt_tokens: int,
     total_tokens: int,
@@ -27,5 +32,5 @@ def blocks_bound(
     if config is None:
         return whole
     pinned = cdiv(config.pinned_tokens(prompt_tokens), block_size)
-    live = config.budget + max(config.interval, block_size) - 1 + in_flight_tokens
+    live = most_live_tokens(block_size, config) + in_flight_tokens
     return min(whole, pinned + cdiv(live, block_size))

@@ -29,7 +29,7 @@ class EngineReport:
     freed_blocks: int = 0
     evicted_tokens: int = 0
     stranded_slots: int = 0
-    """Live slots lost to alignment after the compactions so far: 0 by construction, reported to prove it."""
+    """Slots of live blocks beyond the tokens kept, as the block tables had them after the compactions so far: 0."""
     peak_blocks_per_request: int = 0
     pinned_blocks: int = 0
     """Held blocks that belong to pinned prompts; such as several requests share count once for each."""

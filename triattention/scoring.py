@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from triattention.kernels.vocabulary import QueryWeights
+from triattention.kernels.with_torch import standardise as standardise  # policies of one's own take it from here
 from triattention.statistics import QueryStatistics
 
 
@@ -54,15 +55,6 @@ def mean_rotation(frequencies: Tensor, position: int, offsets: Sequence[int] = O
     times = torch.tensor([position + d for d in offsets], dtype=torch.float64)
     phases = torch.remainder(times[:, None] * frequencies, 2 * math.pi)
     return torch.polar(torch.ones_like(phases), phases).mean(dim=0)
-
-
-def standardise(scores: Tensor) -> Tensor:
-    """z-scores over the last axis (population deviation); zeros for equal scores. Returns a copy."""
-    centred = scores - scores.mean(dim=-1, keepdim=True)
-    deviation = centred.square().mean(dim=-1, keepdim=True).sqrt_()
-    # Equal scores are not quite equal to their rounded mean: what is left is no deviation.
-    rounding = 4 * torch.finfo(scores.dtype).eps * scores.abs().amax(dim=-1, keepdim=True)
-    return centred.div_(deviation).masked_fill_(deviation <= rounding, 0)
 
 
 class Scorer:

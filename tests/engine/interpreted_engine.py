@@ -6,8 +6,9 @@ metadata builder, cache views and Triton kernels. All Triton kernels run under T
 Faked, and nothing else: a Triton driver that says it is active, a compute capability of 9.0, the choice of attention
 backend (vLLM's CPU platform knows one only), and CPUWorker under GPUCompactionWorker in place of vLLM's CUDA worker.
 
-JOB is a JSON file with `model`, `block_size`, `prompts`, `tokens`, `compression`, `asynchronous`; results are written
-beside it. Nothing here may be imported by a test: the interpreter would be on for every kernel of its process.
+JOB is a JSON file with `model`, `block_size`, `prompts`, `tokens`, `compression`, `asynchronous` and `warm_up`; results
+are written beside it. Nothing here may be imported by a test: the interpreter would be on for every kernel of its
+process.
 """
 
 import json
@@ -42,6 +43,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 
     from tests.engine.conftest import asynchronous_scheduling
     from tests.unit.interpreted import multiply_bf16_as_numbers
@@ -80,13 +82,16 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
             llm = LLM(job["model"], **settings, **arguments)
     else:
         llm = LLM(job["model"], **settings, **arguments)
+    core = llm.llm_engine.engine_core.engine_core
+    scheduler, worker = core.scheduler, core.model_executor.driver_worker.worker
+    if job["warm_up"]:
+        # As vLLM's GPU worker does at its start, with step messages that no scheduler made.
+        assert run_mixed_prefill_decode_warmup(worker.model_runner, worker.execute_model, worker.sample_tokens, 8)
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
         SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False),
         use_tqdm=False,
     )
-    core = llm.llm_engine.engine_core.engine_core
-    scheduler, worker = core.scheduler, core.model_executor.driver_worker.worker
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "compactions": scheduler.compacted[0].compactions,

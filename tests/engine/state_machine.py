@@ -22,8 +22,9 @@ from vllm.v1.request import Request, RequestStatus
 from tests.unit.hole_fills import hole_fills
 from triattention.config import CompressionConfig
 from triattention.vllm.compactor import independent
-from triattention.vllm.kv_manager import CompactedAttentionManager, CompactedAttentionSpec, limit_hits
+from triattention.vllm.kv_manager import CompactedAttentionManager, CompactedAttentionSpec
 from triattention.vllm.orders import CompactionOrder
+from triattention.vllm.pool import Pool, limit_hits
 
 BLOCK, POOL, CHUNK = 16, 30, 40
 Token = tuple[int, int, bool]  # family, position, whether it was computed from an uncompacted past
@@ -73,7 +74,7 @@ class Engine(RuleBasedStateMachine):
         assert isinstance(ours, CompactedAttentionManager)
         self.ours, self.pool = ours, self.manager.block_pool
         self.requests: dict[str, Request] = {}
-        ours.requests = self.requests
+        self.bounds = Pool([ours], self.requests, max_model_len=2000)
         self.waiting: deque[Tracked] = deque()
         self.running: list[Tracked] = []
         self.in_flight: deque[list[Scheduled]] = deque()
@@ -108,7 +109,8 @@ class Engine(RuleBasedStateMachine):
         for tracked in list(self.running):
             if tracked not in self.running:
                 continue  # preempted by an earlier one in this step
-            new = min(chunk, max(1, tracked.request.num_tokens - tracked.request.num_computed_tokens))
+            new = max(1, tracked.request.num_tokens - tracked.request.num_computed_tokens)
+            new = min(new, self.longest(chunk, tracked.request, tracked.request.num_computed_tokens))
             while self.manager.allocate_slots(tracked.request, new) is None:
                 assert not self.config.reserve_growth, "a running request cannot grow although its growth is reserved"
                 victim, preempted = self.running[-1], True
@@ -128,11 +130,14 @@ class Engine(RuleBasedStateMachine):
         if len(self.in_flight) > self.lag:
             self.settle(self.in_flight.popleft())
 
+    def longest(self, chunk: int, request: Request, computed: int) -> int:
+        return min(chunk, self.bounds.resumed_chunk(request, computed)) if request.num_preemptions else chunk
+
     def admit(self, chunk: int, scheduled: list[Scheduled]) -> None:
         tracked = self.waiting[0]
         request = tracked.request
         hits, hit_tokens = limit_hits(self.manager, request, *self.manager.get_computed_blocks(request)[:2])
-        new = min(chunk, request.num_tokens - hit_tokens)
+        new = min(self.longest(chunk, request, hit_tokens), request.num_tokens - hit_tokens)
         if self.manager.allocate_slots(request, new, hit_tokens, hits, full_sequence_must_fit=True) is None:
             return
         self.waiting.popleft()
@@ -237,7 +242,7 @@ class Engine(RuleBasedStateMachine):
         positions = [position for _, position, _ in seen]
         assert len(positions) == len(set(positions)), "a token is seen twice"
         assert set(positions) == tracked.live, "what is read back is not what is live"
-        held, bound = sum(not b.is_null for b in table), self.ours.bound(tracked.request)
+        held, bound = sum(not b.is_null for b in table), self.bounds.bound(tracked.request)
         assert held <= bound, f"live blocks exceed the bound: {held} > {bound}"
 
     @invariant()

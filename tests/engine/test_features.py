@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.conftest import BLOCK, VOCABULARY, EngineFactory
+from tests.engine.conftest import BLOCK, SIZES, VOCABULARY, EngineFactory, save_tiny_model
 from tests.engine.reference import DenseReference
 from tests.engine.test_exactness import assert_pool_whole, generate, scheduler_of
+from tests.engine.test_support_matrix import HYBRID
 from triattention.config import CompressionConfig, Selection
 
 
@@ -58,6 +59,30 @@ def test_a_cache_hit_after_a_compaction_gives_bit_identical_logits_to_a_cold_run
     assert none == 0
     assert torch.equal(warm, cold)
     assert torch.equal(again, cold)
+
+
+def test_sliding_layers_publish_nothing_of_a_compacted_request_either(
+    engine: EngineFactory, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    model = save_tiny_model(Gemma2Config(**SIZES | HYBRID), tmp_path / "model")
+    config = CompressionConfig(budget=96, interval=64, window=16, policy="key_norm")
+    llm = engine(
+        config,
+        model=model,
+        blocks=400,
+        prefix_cache_retention_interval=BLOCK,
+        logprobs_mode="raw_logits",
+        max_logprobs=VOCABULARY,
+    )
+    (answer,) = generate(llm, [prompts[1]], 600)
+    follow_up = prompts[1] + answer[:400] + [7]
+    logits_of(llm, follow_up, 3)  # full layers publish the prompt now, and would make hits of what was there already
+    warm, hits = logits_of(llm, follow_up, 3)
+    assert hits > 0
+    llm.reset_prefix_cache()
+    cold, none = logits_of(llm, follow_up, 3)
+    assert none == 0
+    assert torch.equal(warm, cold)
 
 
 def test_each_of_several_sequences_of_a_request_gets_what_it_would_get_alone(

@@ -49,7 +49,8 @@ def test_greedy_tokens_equal_the_reference(
         json.dumps(
             {
                 "model": str(model), "block_size": BLOCK, "prompts": prompts, "tokens": TOKENS,
-                "asynchronous": asynchronous, "compression": config.model_dump(mode="json"),
+                "asynchronous": asynchronous, "warm_up": runner == "V2",
+                "compression": config.model_dump(mode="json"),
             }
         )
     )  # fmt: skip

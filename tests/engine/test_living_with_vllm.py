@@ -96,7 +96,7 @@ def test_requests_never_hold_more_than_their_bound_and_none_is_preempted(
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
         for request_id, blocks in scheduler.held_blocks().items():
-            bound = scheduler.compacted[0].bound(scheduler.requests[request_id])
+            bound = scheduler.pool.bound(scheduler.requests[request_id])
             assert blocks <= bound
             peaks[request_id] = max(peaks.get(request_id, 0), blocks)
     assert scheduler.preemptions == 0

@@ -9,6 +9,7 @@ import torch
 from transformers import DeepseekV2Config
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
@@ -63,6 +64,13 @@ def test_settings_that_compaction_cannot_work_with(tiny_model: Path, name: str) 
     assert sentence.endswith('switch it off, or remove "triattention" from additional_config.')
     with pytest.raises(ValueError, match=f"does not support {name}"):
         check_supported(config)
+
+
+def test_growth_cannot_be_reserved_where_vllm_does_not_ask(tiny_model: Path) -> None:
+    unasked = {"scheduler_reserve_full_isl": False}
+    [sentence] = refusals(vllm_config(tiny_model, **unasked))
+    assert sentence.startswith("reserve_growth is true but scheduler_reserve_full_isl is False")
+    check_supported(vllm_config(tiny_model, RANDOM.model_copy(update={"reserve_growth": False}), **unasked))
 
 
 def test_multi_head_latent_attention(mla_model: Path) -> None:
@@ -123,6 +131,34 @@ def test_an_unknown_policy_and_statistics_of_another_model_before_any_weights(
 
 FULL = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
 SLIDING = SlidingWindowSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=64)
+
+
+def test_pages_of_several_sizes(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import LLM
+
+    spec_of = Attention.get_kv_cache_spec
+
+    def padded(self: Attention, config: VllmConfig) -> FullAttentionSpec:
+        spec = spec_of(self, config)
+        return replace(spec, page_size_padded=2 * spec.page_size_bytes) if "layers.0." in self.layer_name else spec
+
+    monkeypatch.setattr(Attention, "get_kv_cache_spec", padded)
+    with pytest.raises(ValueError, match=r"needs pages of one size, but .* have pages of \d+ and \d+ bytes"):
+        LLM(
+            str(tiny_model),
+            max_model_len=1024,
+            enforce_eager=True,
+            kv_cache_memory_bytes=1 << 26,
+            skip_tokenizer_init=True,
+            **engine_arguments(RANDOM),
+        )
+
+
+def test_sliding_layers_that_are_to_be_kept_whole(tiny_model: Path) -> None:
+    config = vllm_config(tiny_model, disable_hybrid_kv_cache_manager=True)
+    compacted_specs({"a": FULL}, RANDOM, config)
+    with pytest.raises(ValueError, match=r"disable_hybrid_kv_cache_manager is True, but layer b is SlidingWindowSpec"):
+        compacted_specs({"a": FULL, "b": SLIDING}, RANDOM, config)
 
 
 def test_only_full_attention_layers_are_compacted(tiny_model: Path) -> None:

@@ -3,13 +3,16 @@
 import time
 from pathlib import Path
 
+from vllm import LLM
 from vllm.v1.metrics.stats import SchedulerStats
 
 from tests.engine.conftest import BLOCK, EngineFactory
-from tests.engine.test_exactness import scheduler_of
+from tests.engine.test_exactness import generate, scheduler_of
 from tests.engine.test_living_with_vllm import add, step_until
 from triattention.config import CompressionConfig
 from triattention.report import EngineReport
+from triattention.vllm import engine_arguments
+from triattention.vllm.support import sends_reports
 
 
 def test_pinned_prompts_and_first_compactions_are_reported(
@@ -42,3 +45,14 @@ def test_pinned_prompts_and_first_compactions_are_reported(
     assert sum(after.first_compaction_counts) - sum(before.first_compaction_counts) == 2
     assert 0 < after.first_compaction_seconds - before.first_compaction_seconds < 2 * (time.time() - began)
     assert after.pinned_blocks == 0
+
+
+def test_nothing_is_collected_for_reports_that_nobody_gets(tiny_model: Path) -> None:
+    """`LLM` keeps no statistics by default, and the report travels with these."""
+    arguments = engine_arguments(None)
+    sizes = {"max_model_len": 256, "num_gpu_blocks_override": 20, "kv_cache_memory_bytes": 1 << 28}
+    llm = LLM(str(tiny_model), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **sizes, **arguments)
+    assert sends_reports(llm.llm_engine.vllm_config)
+    generate(llm, [[1, 2, 3]], 5)
+    assert scheduler_of(llm).ended == {}
+    llm.llm_engine.engine_core.shutdown()

@@ -14,6 +14,7 @@ from tests.engine.state_machine import Engine
 from triattention.compaction import first_live_block
 from triattention.vllm.kv_manager import CompactedAttentionManager
 from triattention.vllm.orders import CompactionOrder
+from triattention.vllm.pool import Pool
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 HISTORIES = settings(max_examples=20, stateful_step_count=50, deadline=None, suppress_health_check=CHECKS)
@@ -53,6 +54,7 @@ def shared_blocks_are_not_protected(patch: pytest.MonkeyPatch) -> None:
 
 def hashes_are_published_after_a_compaction(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CompactedAttentionManager, "cache_blocks", FullAttentionManager.cache_blocks)
+    patch.setattr(Pool, "publish_no_more", lambda *_: None)
 
 
 def dead_blocks_are_not_freed(patch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ MATRIX: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, group 2, head 64": ("Mistral", {"head_dim": 64, "sliding_window": None}),
     "phi3, partial rotary": ("Phi3", {"hidden_size": 256, "rope_parameters": HALF_ROTARY}),
     "gemma2, sliding and full layers": ("Gemma2", HYBRID),
+    "gemma2, full layers first": ("Gemma2", HYBRID | {"layer_types": ["full_attention", "sliding_attention"] * 2}),
 }  # fmt: skip
 
 

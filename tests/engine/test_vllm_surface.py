@@ -13,8 +13,8 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, UnitaryKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
@@ -46,6 +46,8 @@ SURFACE: list[tuple[Callable[..., Any], list[str]]] = [
     (UnitaryKVCacheCoordinator.find_longest_cache_hit, ["block_hashes", "max_cache_hit_length"]),
     (HybridKVCacheCoordinator.find_longest_cache_hit, ["block_hashes", "max_cache_hit_length"]),
     (AsyncScheduler.update_from_output, ["scheduler_output", "model_runner_output"]),
+    (AsyncScheduler._reserve_prefill_lookahead, ["request", "num_computed_tokens", "num_new_tokens"]),
+    (SlidingWindowSpec.max_admission_blocks_per_request, ["max_in_flight_tokens", "max_model_len"]),
     (AsyncScheduler._preempt_request, ["request", "timestamp", "drop_stale_output"]),
     (AsyncScheduler._free_request, ["request", "delay_free_blocks"]),
     (CPUWorker.get_kv_cache_spec, []),
@@ -84,6 +86,12 @@ def test_blocks_are_removed_before_they_are_allocated_on_the_processed_token_bas
     ]
     positions = [source.index(step) for step in steps]
     assert positions == sorted(positions)
+
+
+def test_every_chunk_passes_where_we_shorten_it_and_a_block_marked_as_published_is_left_alone() -> None:
+    assert inspect.getsource(AsyncScheduler.schedule).count("self._reserve_prefill_lookahead(") == 2
+    source = inspect.getsource(SingleTypeKVCacheManager.cache_blocks)
+    assert source.index("if num_cached_blocks >= num_full_blocks:") < source.index("self.block_pool.cache_full_blocks(")
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def squeeze(block_table: Tensor, lengths: Tensor, block_size: int, squeezed: Ten
 
 
 def standardise(scores: Tensor) -> Tensor:
-    """z-scores over the last axis (population deviation); zeros for equal scores."""
+    """z-scores over the last axis (population deviation); zeros for equal scores. Returns a copy."""
     centred = scores - scores.mean(dim=-1, keepdim=True)
     deviation = centred.square().mean(dim=-1, keepdim=True).sqrt_()
     # Equal scores are not quite equal to their rounded mean: what is left is no deviation.

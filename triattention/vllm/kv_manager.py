@@ -6,20 +6,27 @@ blocks by vLLM's null block, as `SlidingWindowManager` and `RSWAManager` do, and
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from triattention.bounds import blocks_bound, cdiv
+from triattention.bounds import blocks_bound, cdiv, most_live_tokens
 from triattention.compaction import due_at, first_live_block
 from triattention.config import CompressionConfig
 from triattention.vllm.orders import CompactionOrder
+
+if TYPE_CHECKING:
+    from triattention.vllm.pool import Pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,27 +37,28 @@ class CompactedAttentionSpec(FullAttentionSpec):
     decode_in_flight_tokens: int
     """Most tokens of one decoding request that are scheduled but not processed."""
     chunk_in_flight_tokens: int
-    """The same for a request that is (re-)prefilled in chunks."""
+    """The same for a request that is prefilled in chunks."""
 
     @classmethod
     def from_full_attention(cls, spec: FullAttentionSpec, config: CompressionConfig, vllm_config: VllmConfig) -> Self:
-        scheduler = vllm_config.scheduler_config
-        batches = vllm_config.max_concurrent_batches
-        chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
         return cls(
             **{field.name: getattr(spec, field.name) for field in fields(spec)},
             compression=config,
-            decode_in_flight_tokens=batches,
-            chunk_in_flight_tokens=batches * min(chunk, scheduler.max_num_batched_tokens),
+            decode_in_flight_tokens=vllm_config.max_concurrent_batches,
+            # Whole batches, whatever long_prefill_token_threshold is: vLLM sets it aside for a request that is alone.
+            chunk_in_flight_tokens=vllm_config.max_in_flight_tokens,
         )
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """As `RSWASpec.merge`: the parent merges the common fields, ours must agree and are put back."""
+        """As `RSWASpec.merge`: the parent merges the common fields, ours must agree and are put back.
+
+        Raises AssertionError where they cannot be one: so vLLM finds out which layers make a group.
+        """
+        assert all(isinstance(spec, cls) for spec in specs), "only some layers are compacted"
         first = specs[0]
         own = {name: getattr(first, name) for name in cls.__annotations__}
-        if any(own != {name: getattr(spec, name) for name in own} for spec in specs):
-            raise ValueError("All layers of one KV-cache group must have the same compression settings.")
+        assert all(own == {name: getattr(spec, name) for name in own} for spec in specs), "settings differ"
         base = FullAttentionSpec.merge([spec.plain() for spec in specs])
         return cls(**{field.name: getattr(base, field.name) for field in fields(base)}, **own)
 
@@ -74,8 +82,16 @@ def compacted_specs(
 ) -> dict[str, KVCacheSpec]:
     """A model's specs by layer name, those of full attention swapped for ours; sliding and linear layers stay.
 
-    Raises ValueError, one sentence, for a kind of full attention that is not known, and where there is none.
+    Raises ValueError, one sentence, for a kind of full attention that is not known, where there is none, and where
+    vLLM is to treat other layers as full attention.
     """
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        for name, spec in specs.items():
+            if isinstance(spec, SlidingWindowSpec | ChunkedLocalAttentionSpec):
+                raise ValueError(
+                    f"disable_hybrid_kv_cache_manager is True, but layer {name} is {type(spec).__name__} and would "
+                    "share a block table with compressed layers: leave disable_hybrid_kv_cache_manager unset."
+                )
     ours = dict(specs)
     for name, spec in specs.items():
         if type(spec) is FullAttentionSpec and spec.sliding_window is None:
@@ -100,8 +116,8 @@ class CompactedAttentionManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.spec = kv_cache_spec
         self.config = kv_cache_spec.compression
-        self.requests: dict[str, Request] = {}
-        """The scheduler's table of requests; the scheduler shares it here after construction."""
+        self.pool: Pool
+        """What all groups have in common; it puts itself here when the scheduler makes it."""
         self.null_blocks: dict[str, int] = {}
         """Request id -> null blocks behind its pinned ones; absent until its first compaction."""
         self.due_at: dict[str, int] = {}
@@ -151,6 +167,8 @@ class CompactedAttentionManager(FullAttentionManager):
                 self.block_pool._maybe_evict_cached_block(block)
         free_before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, start, cut)
+        if request_id not in self.null_blocks:
+            self.pool.publish_no_more(request_id)
         self.null_blocks[request_id] = cut - pinned
         self.due_at[request_id] = due_at(cut, self.block_size, self.config)
 
@@ -159,7 +177,8 @@ class CompactedAttentionManager(FullAttentionManager):
         self.compactions += 1
         self.freed_blocks += self.block_pool.get_num_free_blocks() - free_before
         self.evicted_tokens += live_tokens - kept_tokens
-        self.stranded_slots += kept_tokens - min(kept_tokens, self.config.budget + self.block_size - 1)
+        live_blocks = sum(not block.is_null for block in blocks[start:end])
+        self.stranded_slots += (live_blocks - (end - cut)) * self.block_size
 
     def cache_blocks(
         self,
@@ -169,25 +188,15 @@ class CompactedAttentionManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Publish hashes only until the first compaction: keys computed after it are approximate."""
+        """Publish hashes only until the first compaction (see `Pool.publish_no_more`), nor a prompt's tail apart."""
         if request.request_id not in self.null_blocks:
             super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.null_blocks.pop(request_id, None)
         self.due_at.pop(request_id, None)
+        self.pool.promised_blocks = None
         return super().pop_blocks_for_free(request_id)
-
-    def bound(self, request: Request) -> int:
-        """Most blocks that the request can come to hold: what admission reserves."""
-        resumed = request.num_preemptions > 0 or self.config.prompt == "compress"
-        return blocks_bound(
-            prompt_tokens=request.num_prompt_tokens,
-            total_tokens=request.num_prompt_tokens + request.max_tokens,
-            block_size=self.block_size,
-            config=self.config,
-            in_flight_tokens=self.spec.chunk_in_flight_tokens if resumed else self.spec.decode_in_flight_tokens,
-        )
 
     def hit_limit(self, request: Request) -> int:
         """Most tokens that prefix-cache hits may bring at admission: more would be dead in the next step.
@@ -195,7 +204,7 @@ class CompactedAttentionManager(FullAttentionManager):
         Without it a request could start with more blocks than its bound, which admission counted on.
         """
         pinned = self.pinned_blocks(request.num_prompt_tokens)
-        live = self.config.budget + max(self.config.interval, self.block_size) - 1
+        live = most_live_tokens(self.block_size, self.config)
         return (pinned + live // self.block_size) * self.block_size
 
     def get_num_blocks_to_allocate(
@@ -209,25 +218,20 @@ class CompactedAttentionManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """At admission: this request's bound, and what the running ones may still grow by.
+        """At admission no more than the request's bound, or more than there are: then it waits, for others to grow.
 
-        With `reserve_growth` off only the tokens it has now are counted, up to the bound, as vLLM does.
+        With `reserve_growth` off only the tokens it has now are counted, as vLLM does.
         """
         if request_id in self.num_cached_block and not apply_admission_cap:
             # Every running request passes here in every step: as vLLM has it, without another call.
             return max(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]), 0)
-        growth = 0
         if apply_admission_cap:
-            bound = self.bound(self.requests[request_id])
-            if self.config.reserve_growth:
-                num_tokens = bound * self.block_size
-                growth = sum(
-                    max(0, self.bound(self.requests[other]) - self.held_blocks(other))
-                    for other in self.req_to_blocks
-                    if other != request_id
-                )
+            request = self.pool.requests[request_id]
+            if self.config.reserve_growth and not self.pool.fits(request, self, new_computed_blocks):
+                return self.block_pool.num_gpu_blocks
+            bound = self.pool.bound_in(self, request, resumed=request.num_preemptions > 0)
             num_tokens = min(num_tokens, bound * self.block_size)
-        needed = super().get_num_blocks_to_allocate(
+        return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
             new_computed_blocks,
@@ -237,23 +241,6 @@ class CompactedAttentionManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
-        return needed + growth
-
-
-def limit_hits(
-    manager: KVCacheManager, request: Request, blocks: KVCacheBlocks, tokens: int
-) -> tuple[KVCacheBlocks, int]:
-    """What `KVCacheManager.get_computed_blocks` found, or what it finds within the groups' `hit_limit`."""
-    limits = [
-        group.hit_limit(request)
-        for group in manager.coordinator.single_type_managers
-        if isinstance(group, CompactedAttentionManager)
-    ]
-    if tokens <= min(limits, default=tokens):
-        return blocks, tokens
-    # Looked up anew: a sliding-window group needs other blocks for a shorter hit.
-    found, tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, min(limits))
-    return manager.create_kv_cache_blocks(found), tokens
 
 
 def register_spec() -> None:

@@ -35,7 +35,8 @@ def attach_orders(output: SchedulerOutput, orders: list[CompactionOrder]) -> Non
 
 
 def orders_of(output: SchedulerOutput) -> list[CompactionOrder]:
-    orders: list[CompactionOrder] = getattr(output, _ORDERS)
+    """Empty for outputs that no scheduler made: vLLM warms the V2 runner up with some of its own."""
+    orders: list[CompactionOrder] = vars(output).get(_ORDERS, [])
     return orders
 
 

@@ -18,8 +18,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from triattention.bounds import cdiv
 from triattention.report import COMPACTION_BUCKETS_SECONDS, FIRST_COMPACTION_BUCKETS_SECONDS, REPORT_KEY, EngineReport
-from triattention.vllm.kv_manager import CompactedAttentionManager, limit_hits
+from triattention.vllm.kv_manager import CompactedAttentionManager
 from triattention.vllm.orders import CompactionOrder, attach_orders, seconds_of
+from triattention.vllm.pool import Pool, limit_hits
 from triattention.vllm.support import check_supported, compression_config, sends_reports
 
 logger = init_logger(__name__)
@@ -38,7 +39,7 @@ class CompactionScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         if compression_config(self.vllm_config) is not None:
             check_supported(self.vllm_config)
-        self.sends_reports = sends_reports(self.vllm_config)
+        self.sends_reports = sends_reports(self.vllm_config) and self.log_stats
         self.compacted: list[CompactedAttentionManager] = [
             manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
@@ -49,8 +50,9 @@ class CompactionScheduler(AsyncScheduler):
                 'additional_config holds "triattention" settings but no layer is compacted: set worker_cls to '
                 "triattention.vllm.worker.CompactionWorker as well."
             )
-        for manager in self.compacted:
-            manager.requests = self.requests
+        if self.compacted:
+            managers = self.kv_cache_manager.coordinator.single_type_managers
+            self.pool = Pool(managers, self.requests, self.max_model_len)
         self.total_blocks = self.kv_cache_config.num_blocks - 1  # without the null block
         self.refused: list[Request] = []
         self.preemptions = 0
@@ -102,14 +104,27 @@ class CompactionScheduler(AsyncScheduler):
         if not self.requests:
             self.last_idle = time.monotonic()
         super().add_request(request)
-        needed = sum(manager.bound(request) for manager in self.compacted)
-        if needed > self.total_blocks:
-            logger.error(
-                "Request %s is refused: with its prompt of %d tokens and max_tokens %d it needs %d KV blocks, "
-                "but the engine has %d; shorten the prompt or enlarge the KV cache.",
-                request.request_id, request.num_prompt_tokens, request.max_tokens, needed, self.total_blocks,
-            )  # fmt: skip
-            self.refused.append(request)
+        why = self._refusal(request) if self.compacted else None
+        if why is not None:
+            logger.error("Request %s is refused: %s", request.request_id, why)
+            self.refused.append(self.requests[request.request_id])
+
+    def _refusal(self, request: Request) -> str | None:
+        """Why the request can never be served, in a sentence."""
+        if request.resumable:
+            return (
+                "its prompt is streamed in pieces (resumable is True), but KV compression pins a prompt that is "
+                "whole; send it in one piece, or serve the model without the triattention settings."
+            )
+        needed = self.pool.bound_if_preempted(request)
+        if needed <= self.total_blocks:
+            return None
+        return (
+            f"with its prompt of {request.num_prompt_tokens} tokens, max_tokens {request.max_tokens} and the engine's "
+            f"max_num_batched_tokens {self.scheduler_config.max_num_batched_tokens} it can need {needed} KV blocks, "
+            f"but the engine has {self.total_blocks}; shorten the prompt, lower max_num_batched_tokens or enlarge the "
+            "KV cache."
+        )
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -146,6 +161,14 @@ class CompactionScheduler(AsyncScheduler):
         for seconds in seconds_of(model_runner_output):
             self.compaction_seconds += seconds
             self.compaction_counts[bisect_left(COMPACTION_BUCKETS_SECONDS, seconds)] += 1
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Where vLLM shortens chunks for speculative decoding: here those of a preempted request that comes back."""
+        if num_new_tokens > 1 and request.num_preemptions and self.compacted and self.pool.cuts_chunks:
+            return min(num_new_tokens, self.pool.resumed_chunk(request, num_computed_tokens))
+        if self.num_prefill_lookahead:
+            return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return num_new_tokens
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.preemptions += 1

@@ -56,11 +56,18 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
             vllm_config.cache_config.cache_dtype not in KV_CACHE_DTYPES
         ),
     }
-    return [
+    sentences = [
         f'KV compression does not support {what}: switch it off, or remove "{CONFIG_KEY}" from additional_config.'
         for what, present in known.items()
         if present
     ]
+    config = compression_config(vllm_config)
+    if config is not None and config.reserve_growth and not vllm_config.scheduler_config.scheduler_reserve_full_isl:
+        sentences.append(
+            "reserve_growth is true but scheduler_reserve_full_isl is False, and then vLLM admits requests without "
+            "asking what they need: leave scheduler_reserve_full_isl at True, or set reserve_growth to false."
+        )
+    return sentences
 
 
 def check_policy(config: CompressionConfig, vllm_config: VllmConfig) -> None:

@@ -13,8 +13,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, UniformTypeKVCacheSpecs
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from triattention.kernels import PagedCache
@@ -74,6 +74,12 @@ class CompactingWorker(Worker):
         layers: dict[str, Attention] = self.vllm_config.compilation_config.static_forward_context
         for group, cache_group in enumerate(kv_cache_config.kv_cache_groups):
             spec = cache_group.kv_cache_spec
+            if isinstance(spec, UniformTypeKVCacheSpecs):
+                sizes = sorted({layer.page_size_bytes for layer in spec.kv_cache_specs.values()})
+                raise ValueError(
+                    "KV compression needs pages of one size, but this model's full-attention layers have pages of "
+                    f"{' and '.join(map(str, sizes))} bytes: serve it without the triattention settings."
+                )
             if not isinstance(spec, CompactedAttentionSpec):
                 continue
             self._share_with_builders(group, spec)
@@ -127,8 +133,11 @@ class CompactingWorker(Worker):
         return self._timed(super().sample_tokens(*args, **kwargs))
 
     def _timed(self, output: Any) -> Any:
-        """Send the compactions' times along with the step's result, whichever call returns it."""
-        if not self.timed or output is None:
+        """Send the compactions' times along with the step's result, whichever call returns it.
+
+        A step that computes nothing has none of its own: vLLM returns one object for all of them, so they wait.
+        """
+        if not self.timed or output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
             return output
         timed, self.timed = self.timed, []
         if isinstance(output, AsyncModelRunnerOutput):

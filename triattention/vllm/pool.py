@@ -1,0 +1,175 @@
+"""What the KV-cache groups of an engine have in common: one pool of blocks, and requests that hold some in every group.
+
+Owns the most that a request can come to hold over all groups, and what follows from it: what is refused, what is
+admitted beside what runs, in which chunks a preempted request comes back. Each group's compactions are its manager's.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.request import Request
+
+from triattention.bounds import blocks_bound, cdiv, most_live_tokens
+from triattention.vllm.kv_manager import CompactedAttentionManager
+
+
+class Pool:
+    def __init__(
+        self, managers: Sequence[SingleTypeKVCacheManager], requests: Mapping[str, Request], max_model_len: int
+    ) -> None:
+        """`requests`: the scheduler's table. At least one of the managers is of a group that is compacted."""
+        self.compacted = [manager for manager in managers if isinstance(manager, CompactedAttentionManager)]
+        self.others = [manager for manager in managers if not isinstance(manager, CompactedAttentionManager)]
+        self.requests = requests
+        self.max_model_len = max_model_len
+        self.total_blocks = managers[0].block_pool.num_gpu_blocks - 1  # without the null block
+        spec = self.compacted[0].spec
+        self.batches = spec.decode_in_flight_tokens
+        self.max_in_flight_tokens = spec.chunk_in_flight_tokens
+        # Where a state must be saved at the end of a block, vLLM alone says where a chunk ends.
+        self.cuts_chunks = not any(
+            isinstance(manager.kv_cache_spec, MambaSpec) and manager.kv_cache_spec.mamba_cache_mode == "align"
+            for manager in self.others
+        )
+        self.promised_blocks: int | None = None
+        """Blocks that what runs can come to hold; None when that has changed since it was counted."""
+        for manager in self.compacted:
+            manager.pool = self
+
+    def bound(self, request: Request) -> int:
+        """Most blocks that the request can come to hold, over all groups: what admission reserves."""
+        resumed = request.num_preemptions > 0
+        own = sum(self.bound_in(manager, request, resumed) for manager in self.compacted)
+        return own + self._others_bound(request, resumed)
+
+    def bound_if_preempted(self, request: Request) -> int:
+        """The same, should the request be preempted one day: if that is more than the pool has, it could not resume."""
+        own = sum(self.bound_in(manager, request, resumed=True) for manager in self.compacted)
+        return own + self._others_bound(request, resumed=True)
+
+    def bound_in(self, manager: CompactedAttentionManager, request: Request, resumed: bool) -> int:
+        """Most blocks of one compacted group."""
+        if manager.config.prompt == "compress":
+            in_flight = self.max_in_flight_tokens
+        else:
+            in_flight = self._resumed_in_flight(request) if resumed else self.batches
+        return blocks_bound(
+            prompt_tokens=request.num_prompt_tokens,
+            total_tokens=self._total_tokens(request),
+            block_size=manager.block_size,
+            config=manager.config,
+            in_flight_tokens=in_flight,
+        )
+
+    def _total_tokens(self, request: Request) -> int:
+        return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+
+    def _others_bound(self, request: Request, resumed: bool) -> int:
+        """Most blocks of the groups that are not compacted, while the request is prefilled and while it decodes."""
+        total = self._total_tokens(request)
+        prefilled = total if resumed else min(total, request.num_prompt_tokens + self.batches)
+        return sum(
+            max(
+                self._most_of(manager, prefilled, self.max_in_flight_tokens),
+                self._most_of(manager, total, self.batches),
+            )
+            for manager in self.others
+        )
+
+    def _most_of(self, manager: SingleTypeKVCacheManager, tokens: int, in_flight_tokens: int) -> int:
+        """Most blocks of a sequence of `tokens` in a group that vLLM itself keeps short, as its admission has it."""
+        spec, whole = manager.kv_cache_spec, cdiv(tokens, manager.block_size)
+        if isinstance(spec, SlidingWindowSpec | ChunkedLocalAttentionSpec):
+            return min(whole, spec.max_admission_blocks_per_request(in_flight_tokens, self.max_model_len))
+        if isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align":
+            return min(whole, 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks)
+        if isinstance(spec, MambaSpec):
+            return min(whole, 1 + cdiv(in_flight_tokens, manager.block_size))
+        return whole
+
+    def _resumed_in_flight(self, request: Request) -> int:
+        """Most tokens behind its pinned prompt that are scheduled but not processed of a request that comes back.
+
+        Its output is prefilled as it was decoded, `interval` tokens between two compactions; where the pool is too
+        small even for these, in as few as it has room for.
+        """
+        if not self.cuts_chunks:
+            return self.max_in_flight_tokens
+        room = (self.total_blocks - self._others_bound(request, resumed=True)) // len(self.compacted)
+        fits = min(
+            (room - manager.pinned_blocks(request.num_prompt_tokens)) * manager.block_size
+            - most_live_tokens(manager.block_size, manager.config)
+            for manager in self.compacted
+        )
+        wanted = self.batches * max(self.compacted[0].config.interval, self.compacted[0].block_size)
+        return max(self.batches, min(wanted, self.max_in_flight_tokens, fits))
+
+    def resumed_chunk(self, request: Request, computed_tokens: int) -> int:
+        """Most tokens that one step may compute of a request that was preempted, to stay within its bound."""
+        if self.compacted[0].config.prompt == "compress":
+            return self.max_in_flight_tokens // self.batches
+        pinned = min(
+            manager.pinned_blocks(request.num_prompt_tokens) * manager.block_size for manager in self.compacted
+        )
+        return max(0, pinned - computed_tokens) + self._resumed_in_flight(request) // self.batches
+
+    def fits(self, request: Request, manager: CompactedAttentionManager, hits: Sequence[KVCacheBlock]) -> bool:
+        """Whether all that run can still grow to their bounds beside this request. `hits`: its first blocks, if cached.
+
+        A pinned block that several requests share counts once. A live one counts for each: every one of them drops it
+        in its own time, and needs another then.
+        """
+        if self.promised_blocks is None:
+            self.promised_blocks = self._promised()
+        lacking = self.promised_blocks + self.bound(request) - self.total_blocks
+        held = [block.block_id for block in hits[: manager.pinned_blocks(request.num_prompt_tokens)] if block.ref_cnt]
+        if 0 < lacking <= len(held):
+            lacking -= len({block.block_id for blocks in self._pinned(manager) for block in blocks}.intersection(held))
+        if lacking <= 0:
+            self.promised_blocks = None  # it is about to run
+        return lacking <= 0
+
+    def _promised(self) -> int:
+        running = [request_id for request_id, blocks in self.compacted[0].req_to_blocks.items() if blocks]
+        promised = sum(self.bound(self.requests[request_id]) for request_id in running)
+        for manager in self.compacted:
+            # Hits are a table's first blocks, so what is shared stands there; the long rest is not looked at.
+            shared = [
+                block.block_id
+                for blocks in self._pinned(manager)
+                for block in takewhile(lambda block: block.ref_cnt > 1, blocks)
+            ]
+            promised -= len(shared) - len(set(shared))
+        return promised
+
+    def _pinned(self, manager: CompactedAttentionManager) -> list[list[KVCacheBlock]]:
+        return [
+            blocks[: manager.pinned_blocks(self.requests[request_id].num_prompt_tokens)]
+            for request_id, blocks in manager.req_to_blocks.items()
+        ]
+
+    def publish_no_more(self, request_id: str) -> None:
+        """The request was compacted: what any layer of any group computes from now on is approximate."""
+        for manager in (*self.compacted, *self.others):
+            manager.num_cached_block[request_id] = sys.maxsize  # as if all its blocks were published already
+
+
+def limit_hits(
+    manager: KVCacheManager, request: Request, blocks: KVCacheBlocks, tokens: int
+) -> tuple[KVCacheBlocks, int]:
+    """What `KVCacheManager.get_computed_blocks` found, or what it finds within the groups' `hit_limit`."""
+    limits = [
+        group.hit_limit(request)
+        for group in manager.coordinator.single_type_managers
+        if isinstance(group, CompactedAttentionManager)
+    ]
+    if tokens <= min(limits, default=tokens):
+        return blocks, tokens
+    # Looked up anew: a sliding-window group needs other blocks for a shorter hit.
+    found, tokens, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, min(limits))
+    return manager.create_kv_cache_blocks(found), tokens
