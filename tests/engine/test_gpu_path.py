@@ -57,7 +57,7 @@ def test_greedy_tokens_equal_the_reference(
     environment = os.environ | {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2"))}
     child = subprocess.run(
         [sys.executable, "-m", "tests.engine.interpreted_engine", str(job)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-4000:]
     result: dict[str, Any] = json.loads(job.with_suffix(".result").read_text())
