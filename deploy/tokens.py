@@ -16,9 +16,7 @@ class ModelTokens:
         """`engine_arguments`: of `vllm serve`, by their Python names; those that say which tokenizer and template."""
         given = engine_arguments.get
         self._tokenizer = AutoTokenizer.from_pretrained(
-            given("tokenizer") or given("model"),
-            revision=given("tokenizer_revision") or given("revision"),
-            trust_remote_code=given("trust_remote_code", False),
+            given("tokenizer") or given("model"), revision=given("tokenizer_revision") or given("revision")
         )
         self._template_values = given("default_chat_template_kwargs") or {}
         if template := given("chat_template"):
