@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +20,7 @@ from deploy.fleet import FleetError
 from deploy.keys import KEY_VARIABLE, key_header
 
 REFRESH_SECONDS = 1.0
-BAR_CELLS = 30
+BAR_CELLS, FEWEST_BAR_CELLS = 30, 8
 PARTS = (("held", "cyan"), ("reserved", "yellow"), ("predicted", "magenta"), ("free", "bright_black"))
 """From left to right. Predicted growth and reservations lie in blocks that are free now; `free` is what is left."""
 
@@ -82,7 +83,7 @@ def draw(url: str, fleet: Fleet, pace: dict[str, float]) -> RenderableType:
     waiting = ", ".join(f"{count} {kind}" for kind, count in fleet["queue_length"].items())
     table = Table(title=f"Fleet at {url}", title_justify="left", box=None, pad_edge=False)
     table.add_column("replica", style="bold", no_wrap=True)
-    table.add_column("KV blocks", no_wrap=True)
+    table.add_column("KV blocks")  # the one that gives way in a narrow terminal
     for heading in ("headroom", "age", "running", "queued", "compactions/min" if pace else "compactions"):
         table.add_column(heading, justify="right", no_wrap=True)
     for replica in fleet["replicas"]:
@@ -90,7 +91,7 @@ def draw(url: str, fleet: Fleet, pace: dict[str, float]) -> RenderableType:
         compactions = pace.get(replica["replica"]) if pace else engine["compactions"]
         table.add_row(
             _name(replica),
-            bar(replica),
+            _Bar(replica),
             f"{replica['headroom_blocks']:,} of {engine['total_blocks']:,}",
             f"{replica['report_age_seconds']:.1f} s",
             f"{engine['running']:,}",
@@ -102,14 +103,27 @@ def draw(url: str, fleet: Fleet, pace: dict[str, float]) -> RenderableType:
     return Group(table, Text(), legend)
 
 
-def bar(replica: Fleet) -> Text:
-    """The pool, `BAR_CELLS` wide. Where more is promised than is free, the promises are cut: see the headroom."""
+class _Bar:
+    """As wide as there is room for."""
+
+    def __init__(self, replica: Fleet) -> None:
+        self._replica = replica
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield bar(self._replica, min(BAR_CELLS, options.max_width))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(FEWEST_BAR_CELLS, BAR_CELLS)
+
+
+def bar(replica: Fleet, cells: int = BAR_CELLS) -> Text:
+    """The pool, `cells` wide. Where more is promised than is free, the promises are cut: see the headroom."""
     total = replica["engine"]["total_blocks"]
     text = Text()
     drawn, until = 0, 0
     for part, color in PARTS:
         until = total if part == "free" else min(total, until + max(0, replica[f"{part}_blocks"]))
-        end = round(until * BAR_CELLS / total)
+        end = round(until * cells / total)
         text.append("█" * (end - drawn), color)
         drawn = end
     return text

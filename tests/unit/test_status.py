@@ -65,6 +65,18 @@ def test_every_replica_has_its_row_and_the_silent_one_says_so():
     assert any("Placed so far: 1" in line for line in lines)
 
 
+def test_in_a_narrow_terminal_the_bar_gives_way_and_no_figure_is_cut():
+    console = Console(width=80, record=True, file=io.StringIO())
+    seen = fleet()
+    of("a", seen)["replica"] = "g83conxy"
+    console.print(draw("http://somewhere", seen, {"g83conxy": 1234.0}))
+    (row,) = [line for line in console.export_text(clear=False).splitlines() if line.startswith("g83conxy ")]
+    assert "of 100" in row
+    assert "1,234" in row
+    assert 8 <= row.count("█") < BAR_CELLS
+    assert "…" not in console.export_text()
+
+
 class Answers:
     """Stands for httpx.get: gives these answers in turn, statuses or a fleet."""
 
