@@ -90,14 +90,6 @@ def examine(
     return Admissible(demand, output_limit=total - prompt if is_free else None)
 
 
-def too_large(read_of_total: str) -> Answer:
-    """`read_of_total`: bytes, as HAProxy says of a body that did not fit its buffer."""
-    message = (
-        f"The request body is larger than this fleet takes (its first {read_of_total} bytes fit): shorten the prompt."
-    )
-    return Answer(413, "RequestEntityTooLargeError", message)
-
-
 @dataclass(frozen=True)
 class _Limit:
     """Most tokens of prompt and output, and what says so."""
@@ -192,8 +184,8 @@ def _estimate(body: dict[str, Any], raw: bytes, endpoint: Endpoint, counter: Tok
     """Tokens of the JSON that holds the prompt, which are seldom fewer than its own."""
     try:
         return counter.text(json.dumps(_prompt_fields(body, endpoint), ensure_ascii=False))
-    except Exception:  # as above
-        return len(raw)  # a token is at least one byte
+    except Exception:  # text that is not Unicode; a token is at least one byte
+        return len(raw)
 
 
 def _count_prompts(prompt: Any, counter: TokenCounter) -> list[int]:

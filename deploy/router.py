@@ -33,7 +33,7 @@ from deploy import haproxy_servers, listed
 from deploy.coordinator import NAME, NAMESPACE
 from deploy.haproxy_wrapper import AGAIN_PREFIX, ASKED
 from deploy.messages import Decision, DecisionPair, Demand, Refusal
-from deploy.requests import Admissible, Served, examine, too_large
+from deploy.requests import Admissible, Served, examine
 from deploy.tiers import Tier, with_default
 from replicas.access import Access, Tenant
 from replicas.endpoints import GENERATING, NOTHING_BOOKED, Endpoint
@@ -68,6 +68,8 @@ _ERROR_TYPES = {
     429: "TooManyRequestsError",
     503: "ServiceUnavailableError",
 }
+_REASONS = {404: "unknown_model", 413: "body_too_large"}
+"""Labels of the rejections metric."""
 
 
 @serve.ingress()
@@ -112,7 +114,7 @@ class Router:
         return routing.Router([routing.Route("/internal/route", route, methods=["POST"])])
 
     async def route(self, request: Request) -> dict[str, Any]:
-        """HAProxy's question: the client's body, whole or cut. The answer is `_route_to`'s."""
+        """HAProxy's question: the client's body, cut only where it is over the largest. The answer is `_route_to`'s."""
         arrived_at = time.monotonic()
         path, _, authorization = request.headers.get(ASKED, "").partition(" ")
         endpoint = GENERATING.get(unquote(path))
@@ -122,18 +124,16 @@ class Router:
             # The replica refuses it, which knows the path as well: here it only books nothing.
             self._count_refusal(tenant.tier, "no_key")
             return _route_to(await self._any_replica(), {})
+        # The coordinator counts for all routers; what is too much for one alone is not even read.
         if failed is None and (
             busy := self._turnstile.begin(tenant.name, self._tiers[tenant.tier].allowance, arrived_at)
         ):
             return await self._refused(busy, tenant.tier, "requests_per_minute")
         if endpoint is None:
             return _route_to(await self._any_replica(), {KIND: NOTHING_BOOKED})
-        if cut := request.headers.get("x-body-truncated"):
-            return await self._refused(too_large(cut), tenant.tier, "body_too_large")
         examined = await self._examined(await request.body(), endpoint, tenant)
         if isinstance(examined, Answer):
-            reason = "unknown_model" if examined.status == 404 else "bad_request"
-            return await self._refused(examined, tenant.tier, reason)
+            return await self._refused(examined, tenant.tier, _REASONS.get(examined.status, "bad_request"))
         demand = replace(examined.demand, node=self._node, is_again=failed is not None)
         examined = replace(examined, demand=demand)
         return await self._placed(examined, endpoint, failed, arrived_at)

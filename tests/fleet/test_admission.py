@@ -149,7 +149,7 @@ def test_a_body_over_the_buffer_is_refused_by_size(fleet: RunningFleet) -> None:
     body = {**CHAT, "messages": [{"role": "user", "content": "x" * 3_000_000}]}
     answer = httpx.post(f"{fleet.url}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 413
-    assert "larger than this fleet takes" in answer.json()["error"]["message"]
+    assert "limits.body_bytes" in answer.json()["error"]["message"]
 
 
 def test_a_body_over_the_buffer_that_names_no_length_is_refused_by_size_as_well(fleet: RunningFleet) -> None:

@@ -43,14 +43,15 @@ class Pool:
 
     def bound(self, request: Request) -> int:
         """Most blocks that the request can come to hold, over all groups: what admission reserves."""
-        resumed = request.num_preemptions > 0
-        own = sum(self.bound_in(manager, request, resumed) for manager in self.compacted)
-        return own + self._others_bound(request, resumed)
+        return self._bound(request, resumed=request.num_preemptions > 0)
 
     def bound_if_preempted(self, request: Request) -> int:
         """The same, should the request be preempted one day: if that is more than the pool has, it could not resume."""
-        own = sum(self.bound_in(manager, request, resumed=True) for manager in self.compacted)
-        return own + self._others_bound(request, resumed=True)
+        return self._bound(request, resumed=True)
+
+    def _bound(self, request: Request, resumed: bool) -> int:
+        own = sum(self.bound_in(manager, request, resumed) for manager in self.compacted)
+        return own + self._others_bound(request, resumed)
 
     def bound_in(self, manager: CompactedAttentionManager, request: Request, resumed: bool) -> int:
         """Most blocks of one compacted group."""

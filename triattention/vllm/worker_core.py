@@ -74,7 +74,9 @@ class CompactingWorker(Worker):
         layers: dict[str, Attention] = self.vllm_config.compilation_config.static_forward_context
         for group, cache_group in enumerate(kv_cache_config.kv_cache_groups):
             spec = cache_group.kv_cache_spec
-            if isinstance(spec, UniformTypeKVCacheSpecs):
+            if isinstance(spec, UniformTypeKVCacheSpecs) and any(
+                isinstance(layer, CompactedAttentionSpec) for layer in spec.kv_cache_specs.values()
+            ):
                 sizes = sorted({layer.page_size_bytes for layer in spec.kv_cache_specs.values()})
                 raise ValueError(
                     "KV compression needs pages of one size, but this model's full-attention layers have pages of "
