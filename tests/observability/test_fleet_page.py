@@ -185,9 +185,10 @@ def test_a_silent_replica_is_shown_and_announced_once(page, changed):
 
 def test_a_draining_replica_is_said_and_is_no_headroom(page, changed):
     changed(lambda replica: replace(replica, draining=replica.replica == "fake-a", headroom_blocks=12))
-    page.wait_for("document.querySelector('#headroom-note').textContent === '12 of 96 blocks can be promised'")
+    page.wait_for("document.querySelector('#rows tr').children[1].textContent === 'drains'")
     states = page.evaluate("[...document.querySelectorAll('#rows tr')].map((row) => row.children[1].textContent)")
     assert states == ["drains", "reports"]
+    assert text(page, "#headroom-note") == "12 of 96 blocks can be promised"
     assert re.fullmatch(r"drains, \d+ decode", text(page, ".replica .state"))
 
 
