@@ -1,5 +1,6 @@
 """Assembles the Serve application from the settings: replicas behind the router, the coordinator beside them."""
 
+import os
 import time
 from typing import Any
 
@@ -39,6 +40,9 @@ _CPU_ENGINE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
 }
+# FlashInfer's sampler is vLLM's default on a GPU. It is compiled when the engine starts, by an nvcc that neither the
+# image nor a machine with a driver alone has, and without one the engine ends. vLLM's own sampler needs none.
+_GPU_ENGINE = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 _ENGINE = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 
 
@@ -85,10 +89,16 @@ def _start_coordinator(settings: FleetSettings) -> None:
     raise RuntimeError(f"The coordinator did not start in {START_ATTEMPTS} attempts: look for its log in Ray's.")
 
 
+def engine_environment(settings: FleetSettings) -> dict[str, str]:
+    """Variables of a replica's process. What the user has set of those for GPUs stays."""
+    if not settings.gpus_per_replica:
+        return {**_ENGINE, **_CPU_ENGINE}
+    return {**_ENGINE, **{name: os.environ.get(name, value) for name, value in _GPU_ENGINE.items()}}
+
+
 def build(settings: FleetSettings) -> Application:
     access = settings.access_on(settings.http.host)
     allowances = {name: tier.allowance for name, tier in settings.tiers.items()}
-    environment = _ENGINE if settings.gpus_per_replica else {**_ENGINE, **_CPU_ENGINE}
     replica = serve.deployment(
         Replica,
         name=REPLICA,
@@ -104,7 +114,7 @@ def build(settings: FleetSettings) -> Application:
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,
             "num_gpus": settings.gpus_per_replica,
-            "runtime_env": {"env_vars": environment},
+            "runtime_env": {"env_vars": engine_environment(settings)},
         },
     ).bind(
         ReplicaOptions(
