@@ -201,11 +201,18 @@ def test_prometheus_accepts_the_plain_scrape_config(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_pod_without_replicas_ends_at_once(tmp_path: Path) -> None:
+def test_a_pod_that_serves_nothing_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "12").mkdir()
     (tmp_path / "12" / "cmdline").write_bytes(b"/bin/raylet\0--x\0")
     (tmp_path / "13").mkdir()
     (tmp_path / "self").mkdir()
-    assert drain.replicas_here(tmp_path) is False
-    (tmp_path / "13" / "cmdline").write_bytes(b"ray::ServeReplica:trifleet:replica\0")
-    assert drain.replicas_here(tmp_path) is True
+    assert drain.serves_here(tmp_path) is False
+
+
+@pytest.mark.parametrize("title", [b"ray::ServeReplica:trifleet:replica\0", b"ray::HAProxyManager\0\0"])
+def test_a_pod_waits_for_its_replicas_and_for_streams_of_others_that_pass_through_it(
+    tmp_path: Path, title: bytes
+) -> None:
+    (tmp_path / "13").mkdir()
+    (tmp_path / "13" / "cmdline").write_bytes(title)
+    assert drain.serves_here(tmp_path) is True
