@@ -150,12 +150,17 @@ def _environment(
 def _sizes(
     document: Document, config: Document, args: Path, settings: FleetSettings, pods: list[Pod]
 ) -> Iterator[Problem]:
-    """Whether so many replicas fit the worker pods, at most of them."""
-    room = 0
+    """Whether so many replicas fit the worker pods, at most of them.
+
+    Where pods follow replicas, one pod more: KubeRay counts a pod that drains until it is gone, and the successors of
+    its replicas need room meanwhile. A fixed number of pods is raised by hand before a drain.
+    """
+    room = spare = 0
+    scales = document.at(("spec", "rayClusterConfig", "enableInTreeAutoscaling"))
     for index, group in enumerate(document.at(GROUPS_PATH) or []):
         path: Path = (*GROUPS_PATH, index)
         minimum, maximum = group.get("minReplicas", 0), group.get("maxReplicas", 0)
-        if minimum != maximum and not document.at(("spec", "rayClusterConfig", "enableInTreeAutoscaling")):
+        if minimum != maximum and not scales:
             yield document.problem(
                 (*path, "maxReplicas"),
                 f"worker group {group.get('groupName')} may have {minimum} to {maximum} pods, but nothing scales it: "
@@ -174,13 +179,21 @@ def _sizes(
             if wanted
         ]
         room += maximum * min(fits, default=1)
+        spare = max(spare, min(fits, default=1))
+    name = ("autoscaling", "max_replicas") if settings.autoscaling else ("replicas",)
+    line = config.line((*args, *name))
     if room < settings.most_replicas:
-        name = ("autoscaling", "max_replicas") if settings.autoscaling else ("replicas",)
         yield Problem(
-            config.line((*args, *name)),
+            line,
             f"{document.title}: {settings.most_replicas} replicas of {settings.cpus_per_replica:g} CPUs and "
             f"{settings.gpus_per_replica:g} GPUs do not fit the worker pods, which hold {room}: raise maxReplicas or "
             "the limits.",
+        )
+    elif scales and room < settings.most_replicas + spare:
+        yield Problem(
+            line,
+            f"{document.title}: {settings.most_replicas} replicas fill the worker pods, which hold {room}, so none has "
+            "room for the successors of a pod that drains: raise maxReplicas by one.",
         )
     parallel = settings.engine.extra.get("tensor_parallel_size", 1)
     if settings.gpus_per_replica and parallel != settings.gpus_per_replica:

@@ -171,6 +171,10 @@ MISTAKES = {
         "cpu-demo", WORKERS, "maxReplicas: 2", "maxReplicas: 1", "do not fit the worker pods, which hold 1",
         at="^ {8}replicas: 2",
     ),
+    "no pod for successors": Mistake(
+        "production", WORKERS, "maxReplicas: 9", "maxReplicas: 8", "room for the successors of a pod that drains",
+        at="max_replicas: 8",
+    ),
     "pods that nothing scales": Mistake(
         "cpu-demo", WORKERS, "maxReplicas: 2", "maxReplicas: 3", "set enableInTreeAutoscaling"
     ),
