@@ -169,8 +169,8 @@ class Coordinator:
         snapshot = self._admission.snapshot(time.monotonic())
         placements = {replica: dict(reasons) for replica, reasons in snapshot.placements.items()}
         for known in snapshot.replicas:
-            if count := self._placed_by_router[known.replica]:
-                placements.setdefault(known.replica, {})[WITHOUT_COORDINATOR] = count
+            # Also 0: a series that begins with its first placements hides their rate.
+            placements.setdefault(known.replica, {})[WITHOUT_COORDINATOR] = self._placed_by_router[known.replica]
         rejections = dict(snapshot.rejections)
         for (tier, reason), count in self._refused_by_router.items():
             rejections[reason] = rejections.get(reason, 0) + count

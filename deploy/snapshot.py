@@ -15,6 +15,11 @@ REJECTION_REASONS = (
     "no_replica",
     "concurrent_requests",
     "requests_per_minute",
+    # The router's own, of requests that never reach the queue.
+    "no_key",
+    "bad_request",
+    "unknown_model",
+    "body_too_large",
 )
 WAIT_BUCKETS_SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 

@@ -9,6 +9,7 @@ import pytest
 
 from deploy.coordinator import WITHOUT_COORDINATOR, Coordinator
 from deploy.messages import CapacityReport, Demand, Placement, Refusal, ReplicaLimits
+from deploy.router import _REASONS as ROUTER_REASONS
 from deploy.settings import CoordinatorSettings
 from deploy.tiers import Tier
 from triattention.report import EngineReport
@@ -109,6 +110,17 @@ async def test_what_the_router_did_alone_is_in_the_metrics_of_replicas_that_exis
     assert fleet["placements"]["r1"][WITHOUT_COORDINATOR] == 6
     page = (await coordinator.metrics()).decode()
     assert 'trifleet_placements_total{model="m",reason="without_coordinator",replica="r1"} 6.0' in page
+
+
+async def test_what_the_router_does_alone_counts_from_zero() -> None:
+    """A series that begins with its first event hides it from rate()."""
+    coordinator = Coordinator(SETTINGS, "m", {"silver": Tier()})
+    await coordinator.report(report(1, free=10))
+    page = (await coordinator.metrics()).decode()
+    assert 'trifleet_placements_total{model="m",reason="without_coordinator",replica="r1"} 0.0' in page
+    for reason in ("no_key", "bad_request", *ROUTER_REASONS.values()):
+        for tier in ("default", "silver"):
+            assert f'trifleet_rejections_total{{model="m",reason="{reason}",tier="{tier}"}} 0.0' in page
 
 
 async def test_a_tier_that_the_settings_have_lost_is_the_default_one() -> None:
