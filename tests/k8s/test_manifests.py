@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-import dashboards.catalog
+from dashboards.files import EXPORTED, RULES
 from deploy.fleet import RAY
 from deploy.haproxy import environment
 from deploy.kubernetes import agreement, drain
@@ -67,7 +67,7 @@ def test_the_built_in_definitions_are_those_of_the_projects() -> None:
 
 def test_what_is_generated_is_committed(tmp_path: Path) -> None:
     (tmp_path / "monitoring" / "operator").mkdir(parents=True)
-    for file in write_all(tmp_path, dashboards.catalog.RULES):
+    for file in write_all(tmp_path, RULES):
         committed = ROOT / "k8s" / file.relative_to(tmp_path)
         assert committed.read_text() == file.read_text(), "run `trifleet k8s render`"
 
@@ -170,17 +170,17 @@ def test_a_probe_never_asks_an_engine() -> None:
 
 def test_every_dashboard_is_a_config_map_that_grafanas_sidecar_takes() -> None:
     found = [m for m in manifests("monitoring/operator") if m["kind"] == "ConfigMap"]
-    files = sorted(dashboards.catalog.EXPORTED.glob("*.json"))
+    files = sorted(EXPORTED.glob("*.json"))
     assert sorted(f"{m['metadata']['name']}.json" for m in found) == [file.name for file in files]
     for manifest in found:
         ((name, text),) = manifest["data"].items()
-        assert text == (dashboards.catalog.EXPORTED / name).read_text()
+        assert text == (EXPORTED / name).read_text()
         assert manifest["metadata"]["labels"]["grafana_dashboard"] == "1"
         assert len(json.dumps(manifest)) < 2**20, "a ConfigMap holds 1 MiB at most"
 
 
 def test_the_rules_are_those_of_the_dashboards() -> None:
-    rules = yaml.safe_load(dashboards.catalog.RULES.read_text())
+    rules = yaml.safe_load(RULES.read_text())
     assert one("monitoring/operator", "PrometheusRule")["spec"] == rules
     (plain,) = one("monitoring/plain", "ConfigMap", "trifleet-rules")["data"].values()
     assert yaml.safe_load(plain) == rules

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 
-from dashboards.catalog import RULES
+from dashboards.files import RULES
 from tests.observability.debian import tool
 
 START_SECONDS = 30.0

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import promql_parser
 import yaml
 
-from dashboards.catalog import EXPORTED, RULES
+from dashboards.files import EXPORTED, RULES
 
 RULES_TEST = Path(__file__).parent / "rules_test.yaml"
 

@@ -7,8 +7,9 @@ import promql_parser
 import pytest
 from typer.testing import CliRunner
 
-from dashboards.catalog import EXPORTED, RULES, dashboards, export, to_json
+from dashboards.catalog import dashboards, export, to_json
 from dashboards.cli import app
+from dashboards.files import EXPORTED, RULES
 from dashboards.panels import Query, value
 from dashboards.promql import SAMPLE_VALUES, bucket_rate, interpolated, rate
 from deploy.metrics import COMPACTIONS, FREE_BLOCKS, METRICS, QUEUE_WAIT

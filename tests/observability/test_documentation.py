@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dashboards.catalog import RULES
+from dashboards.files import RULES
 from deploy.metrics import METRICS
 from tests.observability.queries import exported_dashboards, panels_of, rules
 

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from dashboards.catalog import RULES
+from dashboards.files import RULES
 from tests.observability.fake_fleet import FakeFleet
 from tests.observability.queries import RULES_TEST, metric_names, rules, unit_tested_rules
 from tests.observability.test_dashboards import EXPOSED
