@@ -209,6 +209,61 @@ def test_a_pod_that_serves_nothing_ends_at_once(tmp_path: Path) -> None:
     assert drain.serves_here(tmp_path) is False
 
 
+def target_labels(tmp_path: Path, path: str, relabelings: list[dict[str, Any]], pod: str, ip: str) -> dict[str, str]:
+    """What Prometheus itself makes of a head that it has discovered."""
+    discovered = {
+        "__meta_kubernetes_namespace": "trifleet",
+        "__meta_kubernetes_pod_name": pod,
+        "__meta_kubernetes_service_label_ray_io_identifier": "trifleet-head",
+        "__meta_kubernetes_endpointslice_port_name": "serve",
+    }
+    job = {
+        "job_name": "fleet",
+        "metrics_path": path,
+        "relabel_configs": relabelings,
+        "static_configs": [{"targets": [f"{ip}:8000"], "labels": discovered}],
+    }
+    file = tmp_path / "discovery.yaml"
+    file.write_text(yaml.safe_dump({"scrape_configs": [job]}))
+    command = [debian.tool("promtool", "prometheus"), "check", "service-discovery", "--timeout=200ms", str(file), "fleet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ((target,),) = [json.loads(done.stdout)]
+    return {name: value for name, value in target["labels"].items() if not name.startswith("__")}
+
+
+def scraped(flavour: str) -> dict[str, list[dict[str, Any]]]:
+    """Path -> relabelings of the fleet's two pages."""
+    if flavour == "plain":
+        (text,) = one("monitoring/plain", "ConfigMap", "trifleet-scrape")["data"].values()
+        jobs = [job for job in yaml.safe_load(text)["scrape_configs"] if job["job_name"] != "trifleet-ray"]
+        return {
+            job.get("metrics_path", "/metrics"): [*job["relabel_configs"], {"target_label": "job",
+                                                                            "replacement": job["job_name"]}]
+            for job in jobs
+        }  # fmt: skip
+    names = {"sourceLabels": "source_labels", "targetLabel": "target_label"}
+    # The operator's own come first.
+    first = {"source_labels": ["__meta_kubernetes_pod_name"], "target_label": "pod"}
+    return {
+        endpoint["path"]: [first, *({names.get(k, k): v for k, v in r.items()} for r in endpoint["relabelings"])]
+        for endpoint in one("monitoring/operator", "ServiceMonitor", "trifleet-fleet")["spec"]["endpoints"]
+    }
+
+
+@pytest.mark.parametrize("flavour", ["operator", "plain"])
+def test_the_fleets_series_outlive_the_head_and_its_two_pages_are_told_apart(tmp_path: Path, flavour: str) -> None:
+    pages = scraped(flavour)
+    assert sorted(pages) == ["/metrics", "/metrics/engines"]
+    before, after = (
+        [target_labels(tmp_path, path, relabelings, *head) for path, relabelings in pages.items()]
+        for head in (("head-a", "10.0.0.1"), ("head-b", "10.0.0.2"))
+    )
+    assert before == after
+    assert before[0] != before[1]
+    assert [labels["cluster"] for labels in before] == ["trifleet", "trifleet"]
+
+
 @pytest.mark.parametrize("title", [b"ray::ServeReplica:trifleet:replica\0", b"ray::HAProxyManager\0\0"])
 def test_a_pod_waits_for_its_replicas_and_for_streams_of_others_that_pass_through_it(
     tmp_path: Path, title: bytes
