@@ -53,6 +53,8 @@ TAKES_REQUESTS = f"{series(FRESH)} * (1 - {series(DRAINING)})"
 PLACEABLE = f"{series(HEADROOM_BLOCKS)} * {TAKES_REQUESTS}"
 # As a filter: the 0 of a replica that takes nothing is neither the least nor the most that one has left.
 OF_PLACEABLE = f"({series(HEADROOM_BLOCKS)} and {TAKES_REQUESTS} == 1)"
+# As in the rule of TrifleetHeadroomLow. Where all drain, nothing is left.
+STAYS = f"clamp_min(sum({series(TOTAL_BLOCKS)} * (1 - {series(DRAINING)})), 1)"
 WATERMARK = (
     f"{series(FREE_BLOCKS)} - {series(RESERVED_BLOCKS)} - {series(PREDICTED_BLOCKS)} - {series(HEADROOM_BLOCKS)}"
 )
@@ -77,9 +79,9 @@ def dashboard() -> Dashboard:
                 BLOCKS, Query(f"sum({PLACEABLE})", "headroom"),
             ),
             value(
-                "Headroom, share of all blocks",
-                "The same as a share of the fleet's pools.",
-                RATIO, Query(f"sum({PLACEABLE}) / sum({series(TOTAL_BLOCKS)})", "headroom"), steps=LITTLE_LEFT,
+                "Headroom, share of the pools",
+                "The same as a share of the pools that stay: those of replicas that drain will be gone.",
+                RATIO, Query(f"sum({PLACEABLE}) / {STAYS}", "headroom"), steps=LITTLE_LEFT,
             ),
             value(
                 "Lowest headroom",

@@ -1,12 +1,13 @@
 """Rules, alerts and exposition by Prometheus' own tools."""
 
+import re
 import subprocess
 
 import pytest
 
 from dashboards.files import RULES
 from tests.observability.fake_fleet import FakeFleet
-from tests.observability.queries import RULES_TEST, metric_names, rules, unit_tested_rules
+from tests.observability.queries import RULES_TEST, metric_names, panel_queries, rules, unit_tested_rules
 from tests.observability.test_dashboards import EXPOSED
 
 RECORDED = {rule["record"] for rule in rules() if "record" in rule}
@@ -60,3 +61,10 @@ def test_promtool_finds_nothing_wrong_with_the_exposition(promtool):
 def test_promtool_would_find_a_metric_without_help(promtool):
     code, _ = run(promtool, "check", "metrics", stdin=b"# TYPE trifleet_x gauge\ntrifleet_x 1\n")
     assert code != 0
+
+
+def test_the_panel_of_headroom_divides_by_what_its_alert_divides_by():
+    (panel,) = (query for query in panel_queries() if "Headroom, share of the pools" in query.where)
+    (rule,) = (rule["expr"] for rule in rules() if rule.get("record") == "model:trifleet_headroom:ratio")
+    of_panel = re.sub(r"\{.*?\}", "", panel.expr).partition(" / ")[2]
+    assert of_panel == rule.partition("/")[2].strip().replace("sum by (cluster, model) ", "sum")
