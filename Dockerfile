@@ -45,8 +45,7 @@ RUN python -m deploy.haproxy /opt/trifleet/haproxy
 USER 1000:1000
 
 FROM runtime AS gpu
-ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-gpu /opt/trifleet /opt/trifleet
 RUN python -m deploy.haproxy /opt/trifleet/haproxy
 USER 1000:1000

@@ -127,6 +127,11 @@ def test_the_image_runs_as_the_user_of_the_manifests(target: str) -> None:
     assert {container["image"] for pod in found for _, container in pod.containers} == {f"trifleet:{VERSION}-{target}"}
 
 
+def test_the_image_takes_no_gpu_by_itself() -> None:
+    """The device plugin gives a pod its own; with all of them Ray would count GPUs of the node on the head, too."""
+    assert "NVIDIA_VISIBLE_DEVICES" not in TEXT
+
+
 def test_what_the_manifests_rely_on_is_in_the_image() -> None:
     home = re.findall(r"HOME=(\S+)", TEXT)
     mounts = re.findall(r"mountPath: (\S+)", rendered("overlays/cpu-demo"))
