@@ -225,7 +225,14 @@ def target_labels(tmp_path: Path, path: str, relabelings: list[dict[str, Any]], 
     }
     file = tmp_path / "discovery.yaml"
     file.write_text(yaml.safe_dump({"scrape_configs": [job]}))
-    command = [debian.tool("promtool", "prometheus"), "check", "service-discovery", "--timeout=200ms", str(file), "fleet"]
+    command = [
+        debian.tool("promtool", "prometheus"),
+        "check",
+        "service-discovery",
+        "--timeout=200ms",
+        str(file),
+        "fleet",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     ((target,),) = [json.loads(done.stdout)]

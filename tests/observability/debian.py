@@ -4,6 +4,13 @@ import functools
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+# Tests run in several processes, and of two apt-gets at once the second fails.
+LOCK = Path(tempfile.gettempdir()) / "trifleet-tests-apt.lock"
 
 
 class ProgramMissing(RuntimeError):
@@ -18,6 +25,11 @@ def tool(name: str, package: str) -> str:
     wanted = f"install {package} (on Debian and Ubuntu: apt-get install {package}) and run the tests again"
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise ProgramMissing(f"{name} is not on the PATH and cannot be installed from here: {wanted}.")
+    with FileLock(LOCK):
+        return shutil.which(name) or _installed(name, package, wanted)
+
+
+def _installed(name: str, package: str, wanted: str) -> str:
     for step in (["update"], ["install", "--yes", "--no-install-recommends", package]):
         done = subprocess.run(
             ["apt-get", "--quiet", *step],

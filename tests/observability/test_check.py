@@ -1,8 +1,10 @@
 """The check against a real Prometheus, developed on the fake fleet; `make observability-check` uses the real one."""
 
 import json
+import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -60,6 +62,22 @@ def test_without_prometheus_and_the_right_to_install_it_there_is_a_sentence(monk
     monkeypatch.setattr(debian.shutil, "which", lambda name: None)
     with pytest.raises(debian.ProgramMissing, match=r"is not on the PATH .* apt-get install prometheus"):
         debian.tool.__wrapped__("prometheus", "prometheus")
+
+
+def test_two_workers_that_miss_a_program_install_it_one_after_the_other(monkeypatch, tmp_path):
+    """As apt-get, this one fails where another one runs."""
+    apt, lock, program = tmp_path / "apt-get", tmp_path / "lock", tmp_path / "made-by-apt"
+    apt.write_text(
+        f"#!/bin/sh\nmkdir {lock} || exit 100\nsleep 0.2\necho '#!/bin/sh' > {program}\n"
+        f"[ $2 = update ] || chmod +x {program}\nrmdir {lock}\n"
+    )
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(debian.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(debian, "LOCK", tmp_path / "workers.lock")
+    with ThreadPoolExecutor(2) as workers:
+        found = list(workers.map(lambda _: debian.tool.__wrapped__(program.name, "some-package"), range(2)))
+    assert found == [str(program)] * 2
 
 
 def test_a_replica_that_never_compacts_fails_the_check(watched, tmp_path, monkeypatch, capsys):
