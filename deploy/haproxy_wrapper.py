@@ -13,7 +13,8 @@ Needs nothing but the standard library, because it is started without the enviro
 - Buffers as large as the largest body are kept and used again: HAProxy copies a whole one at every request that it may
   have to send again, and by default gives each back to the kernel, which fills it with zeros at its next use.
 - The router is told the request's path and API key, beside its body.
-- No client can set the router's headers, whether there is a router or not.
+- No client can set the router's headers, whether there is a router or not, nor those by which Serve would give up a
+  request early or not notice that its client left.
 - While HAProxy knows of no application, as right after it was started anew, it answers 503, where Ray would say 404 to
   every path.
 
@@ -50,6 +51,8 @@ _FRONTEND_RULES = f"""\
     http-request del-header x-request-id if !came_back {{{{ req.hdr(x-request-id) -m beg {AGAIN_PREFIX} }}}}
     http-request set-header x-request-id {AGAIN_PREFIX}%[req.hdr(x-serve-router-reservation)] if came_back
     http-request del-header x-serve-router- -m beg
+    http-request del-header x-request-timeout-seconds
+    http-request del-header x-request-disconnect-disabled
 """
 _ROUTING = r"^ *http-request lua\.route_via_ingress_request_router .*\n"
 _TOLD = f"""\

@@ -241,6 +241,14 @@ async def test_of_a_body_that_is_too_large_the_router_sees_that_it_is(setup: Set
     assert setup.router.sizes[1] > BODY_BYTES
 
 
+async def test_how_serve_handles_a_request_is_not_the_clients_to_say(setup: Setup) -> None:
+    """Serve would give it up after that time, or let it run on when the client has left."""
+    setup.script(["a"])
+    named = {"x-request-timeout-seconds": "1", "x-request-disconnect-disabled": "?1"}
+    assert (await setup.post(named)).status_code == 200
+    assert not named.keys() & setup.replicas["a"].seen[0].keys()
+
+
 @pytest.mark.parametrize("method", ["POST", "GET", "OPTIONS"])
 async def test_no_client_sets_the_routers_headers_router_or_none(
     setup: Setup, without_router: Setup, method: str
