@@ -4,7 +4,9 @@ import hashlib
 import hmac
 
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from deploy.settings import SettingsError, parse_settings
 from deploy.tiers import Tier, TierKeyError, keyring
 from replicas.access import ANONYMOUS, DEFAULT_TIER, Tenant
@@ -74,3 +76,10 @@ def test_mistakes_in_the_settings_are_sentences_that_do_not_repeat_a_key(tiers, 
         parse_settings({"served_model_name": "m", "tiers": tiers})
     assert sentence in str(caught.value)
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(("tier", "condition"), [("gld", " whose settings have a tier gld"), ("admin", "")])
+def test_a_new_keys_line_counts_where_the_settings_have_its_tier_and_that_is_said(tmp_path, tier, condition):
+    arguments = ["keys", "new", "--tier", tier, "--file", str(tmp_path / "keys")]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "500"})
+    assert f"a running fleet{condition} takes it at once" in result.output
