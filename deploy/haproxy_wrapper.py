@@ -13,6 +13,7 @@ Needs nothing but the standard library, because it is started without the enviro
 - Buffers as large as the largest body are kept and used again: HAProxy copies a whole one at every request that it may
   have to send again, and by default gives each back to the kernel, which fills it with zeros at its next use.
 - The router is told the request's path and API key, beside its body.
+- A client's request id that is no ASCII, at which Serve would fail, is replaced by one of HAProxy's.
 - No client can set the router's headers, whether there is a router or not, nor those by which Serve would give up a
   request early or not notice that its client left.
 - While HAProxy knows of no application, as right after it was started anew, it answers 503, where Ray would say 404 to
@@ -36,7 +37,8 @@ AGAIN_PREFIX = "again:"
 """Begins the x-request-id by which the router knows a request that came back; the failed reservation follows."""
 
 ASKED = "x-trifleet-asked"
-"""The header that HAProxy's Lua code hands to the router: the path, a space, and the client's Authorization."""
+"""The header that HAProxy's Lua code hands to the router: the path, a space, and the client's Authorization in Base64,
+because Serve would fail at bytes there that are no UTF-8."""
 
 KEPT_BYTES = 32 * 1024 * 1024
 """Of free buffers, by each of HAProxy's threads."""
@@ -49,6 +51,7 @@ _FRONTEND_RULES = f"""\
     http-request del-header x-trifleet-again if !came_back
     http-request set-header x-trifleet-again 1 if came_back
     http-request del-header x-request-id if !came_back {{{{ req.hdr(x-request-id) -m beg {AGAIN_PREFIX} }}}}
+    http-request del-header x-request-id if {{{{ req.fhdr(x-request-id) -m reg '[^ -~]' }}}}
     http-request set-header x-request-id {AGAIN_PREFIX}%[req.hdr(x-serve-router-reservation)] if came_back
     http-request del-header x-serve-router- -m beg
     http-request del-header x-request-timeout-seconds
@@ -56,7 +59,7 @@ _FRONTEND_RULES = f"""\
 """
 _ROUTING = r"^ *http-request lua\.route_via_ingress_request_router .*\n"
 _TOLD = f"""\
-    http-request set-header {ASKED} "%[path] %[req.fhdr(authorization,1)]"
+    http-request set-header {ASKED} "%[path] %[req.fhdr(authorization,1),base64]"
 \\g<0>    http-request del-header {ASKED}
 """
 _ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"

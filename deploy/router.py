@@ -9,6 +9,7 @@ replica what to answer, and without a coordinator requests still flow, spread by
 """
 
 import asyncio
+import base64
 import contextlib
 import logging
 import time
@@ -116,7 +117,7 @@ class Router:
     async def route(self, request: Request) -> dict[str, Any]:
         """HAProxy's question: the client's body, cut only where it is over the largest. The answer is `_route_to`'s."""
         arrived_at = time.monotonic()
-        path, _, authorization = request.headers.get(ASKED, "").partition(" ")
+        path, authorization = _asked(request)
         endpoint = GENERATING.get(unquote(path))
         tenant = self._access.keyring.tenant(authorization)
         failed = _came_back(request)
@@ -275,6 +276,12 @@ class Router:
 async def _find_coordinator() -> Address:
     address: Address = await ray.get_actor(NAME, namespace=NAMESPACE).address.remote()
     return address
+
+
+def _asked(request: Request) -> tuple[str, str]:
+    """The path that the client asks for, and its Authorization as a replica will read it."""
+    path, _, authorization = request.headers.get(ASKED, "").partition(" ")
+    return path, base64.b64decode(authorization).decode("latin-1")
 
 
 def _came_back(request: Request) -> str | None:

@@ -80,11 +80,12 @@ class Keyring:
     def tenant(self, authorization: str | None) -> Tenant:
         """The tenant of an Authorization header, Bearer or Basic (the password); an unknown key is as good as none.
 
+        `authorization`: read as Latin-1, as ASGI's headers are; a key is the bytes that were sent.
         Compares with every hash, each in constant time: how long it takes tells nothing of the keys.
         """
         self._reread()
         key = _key(authorization or "")
-        digest = hashlib.sha256((key or "").encode(errors="surrogateescape")).digest()
+        digest = hashlib.sha256(key or b"").digest()
         found = _NOBODY
         for known, tenant in (*self._fixed, *self._of_file):
             if hmac.compare_digest(known, digest) and key is not None:
@@ -150,14 +151,14 @@ def read_keys(file: Path, tiers: frozenset[str]) -> tuple[dict[bytes, Tenant], l
     return keys, mistakes
 
 
-def _key(authorization: str) -> str | None:
-    scheme, _, value = authorization.partition(" ")
-    if scheme.lower() == "bearer":
+def _key(authorization: str) -> bytes | None:
+    scheme, _, value = authorization.encode("latin-1").partition(b" ")
+    if scheme.lower() == b"bearer":
         return value.strip()
-    if scheme.lower() == "basic":  # what a browser sends, and Prometheus' basic_auth
+    if scheme.lower() == b"basic":  # what a browser sends, and Prometheus' basic_auth
         try:
-            return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
-        except ValueError:  # not Base64, or not UTF-8 in it
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except ValueError:  # not Base64
             return None
     return None
 

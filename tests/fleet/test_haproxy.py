@@ -4,10 +4,12 @@ Which replica fails, and when, is scripted here, so that each way to fail is see
 """
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -46,7 +48,7 @@ print(api.config_file_path)
 
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes]:
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
     return head[0], headers, await reader.readexactly(int(headers.get("content-length", 0)))
 
@@ -114,7 +116,7 @@ class Setup:
         for name, replica in self.replicas.items():
             replica.fails, replica.seen = fails.get(name), []
 
-    async def post(self, headers: dict[str, str] | None = None) -> httpx.Response:
+    async def post(self, headers: dict[str, str] | dict[bytes, bytes] | None = None) -> httpx.Response:
         async with httpx.AsyncClient(timeout=10) as http:
             return await http.post(f"{self.url}/v1/completions", content=b"the prompt", headers=headers)
 
@@ -216,14 +218,26 @@ async def test_clients_cannot_pretend_to_come_back(setup: Setup) -> None:
     assert setup.router.asked[1]["x-request-id"] == "again:rsv1"
 
 
-async def test_the_router_is_told_the_path_and_the_api_key(setup: Setup) -> None:
+async def test_the_router_is_told_the_path_and_the_api_key_whatever_its_bytes(setup: Setup) -> None:
     setup.script(["a", "b", "c"], a="closes")
-    await setup.post({"authorization": "Bearer secret, with a comma", ASKED: "/forged"})
+    await setup.post({b"authorization": b"Bearer secret, with a comma, \xe9 and \xc3\xa9", ASKED.encode(): b"/forged"})
     await setup.post()
     with_key, again, without = (asked[ASKED] for asked in setup.router.asked)
-    assert with_key == again == "/v1/completions Bearer secret, with a comma"
+    path, _, encoded = with_key.partition(" ")
+    assert (again, path) == (with_key, "/v1/completions")
+    assert base64.b64decode(encoded) == b"Bearer secret, with a comma, \xe9 and \xc3\xa9"
     assert without.strip() == "/v1/completions"
     assert ASKED not in setup.replicas["c"].seen[0]
+
+
+async def test_a_clients_request_id_is_kept_unless_it_has_bytes_that_serve_cannot_read(setup: Setup) -> None:
+    setup.script(["a", "a"])
+    await setup.post({b"x-request-id": b"mine: number 1"})
+    await setup.post({b"x-request-id": b"caf\xe9"})
+    kept, given = setup.replicas["a"].seen
+    assert kept["x-request-id"] == "mine: number 1"
+    assert len(given["x-request-id"]) == len(str(uuid.uuid4()))
+    assert [asked["x-request-id"] for asked in setup.router.asked] == [kept["x-request-id"], given["x-request-id"]]
 
 
 async def test_of_a_body_that_is_too_large_the_router_sees_that_it_is(setup: Setup) -> None:

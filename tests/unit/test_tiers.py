@@ -1,5 +1,6 @@
 """Which tier and which tenant an API key stands for."""
 
+import base64
 import hashlib
 import hmac
 
@@ -30,6 +31,15 @@ def test_a_key_may_come_from_the_environment():
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer other", f"Basic {KEY}", KEY])
 def test_anyone_else_is_of_the_default_tier(header):
     assert keyring({"gold": Tier(keys=(HASH,))}).tenant(header) == Tenant(ANONYMOUS, DEFAULT_TIER)
+
+
+def test_a_key_of_letters_beyond_ascii_is_known_by_the_bytes_that_a_client_sends():
+    ring = keyring({"gold": Tier(keys=("env:GOLD_KEY",))}, {"GOLD_KEY": "clé à"})
+    password = base64.b64encode("me:clé à".encode()).decode()
+    # Headers are read as Latin-1, whatever they are.
+    for header in ("Bearer clé à".encode().decode("latin-1"), f"Basic {password}"):
+        assert ring.tenant(header).tier == "gold"
+    assert not ring.tenant("Bearer clé à").is_known
 
 
 def test_two_keys_of_one_tier_are_two_tenants():
