@@ -34,9 +34,6 @@ OWN_PORTS = range(20_000, 32_000)
 # A pod has its ports for itself; these are Ray's own defaults.
 POD_STATS_PORT, POD_METRICS_PORT = 8404, 9101
 
-# What still streams from before a replica came or went may go on for so long, or for as long as replicas drain.
-LONGEST_STREAM_SECONDS = 3600
-
 # Before the first byte of an answer: a refused connection, a connection that ends, or the 502 with which a replica says
 # that its engine is dead. More than one retry would send a request that kills its engine to all of them.
 RETRY_ON = "conn-failure empty-response 502"
@@ -83,8 +80,9 @@ def environment(settings: FleetSettings) -> dict[str, str]:
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # HAProxy starts anew whenever a replica comes or goes, and the old process cuts its streams after this.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(LONGEST_STREAM_SECONDS, math.ceil(settings.drain_seconds))),
+        # HAProxy starts anew whenever a replica comes or goes, and the old process cuts its streams after this: no
+        # request is there for longer.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(patience + math.ceil(settings.limits.request_seconds)),
     }
 
 
