@@ -122,11 +122,18 @@ class Setup:
 
 
 @contextlib.asynccontextmanager
-async def haproxy(folder: Path, router_port: int | None, replica_ports: dict[str, int]) -> AsyncIterator[str]:
-    """Its URL, once it is there. Without replicas it knows of no application."""
+async def haproxy(
+    folder: Path, router_port: int | None, replica_ports: dict[str, int], router_seconds: int | None = None
+) -> AsyncIterator[str]:
+    """Its URL, once it is there. Without replicas it knows of no application.
+
+    `router_seconds`: how long the router may take for an answer, if not as long as in a fleet.
+    """
     (port,) = free_ports(1)
     settings = FleetSettings(served_model_name="m")
     variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder, port)}
+    if router_seconds is not None:
+        variables["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"] = str(router_seconds)
     arguments = json.dumps([port, router_port, replica_ports])
     writer = await asyncio.create_subprocess_exec(
         sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE
@@ -276,6 +283,25 @@ async def test_no_client_sets_the_routers_headers_router_or_none(
     assert len(seen) == 2
     for headers in seen:
         assert not [name for name in headers if name.startswith(PREFIX) and headers[name] in forged.values()]
+
+
+@pytest.mark.parametrize(
+    ("headers", "later", "status"),
+    [(b"transfer-encoding: chunked", b"no chunk\r\n", 400), (b"content-length: 2", b"{", 408)],
+)
+async def test_what_haproxy_itself_says_of_a_body_has_openais_shape(
+    setup: Setup, tmp_path: Path, headers: bytes, later: bytes, status: int
+) -> None:
+    async with haproxy(tmp_path, 1, setup.ports, router_seconds=1) as url:
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + headers + b"\r\n\r\n")
+        await asyncio.sleep(0.2)
+        writer.write(later)
+        line, answered, body = await asyncio.wait_for(read_request(reader), 10)
+        writer.close()
+    assert line.split()[1] == str(status)
+    assert answered["content-type"] == "application/json"
+    assert json.loads(body)["error"]["code"] == status
 
 
 async def test_while_no_router_can_be_reached_requests_flow(setup: Setup) -> None:
