@@ -58,7 +58,7 @@ _ANSWERS = {
 
 def environment(settings: FleetSettings) -> dict[str, str]:
     """Ray's variables for a fleet of these settings, wherever it runs."""
-    patience = int(settings.coordinator.queue_deadline_seconds) + ROUTER_GRACE_SECONDS
+    patience = math.ceil(settings.coordinator.queue_deadline_seconds) + ROUTER_GRACE_SECONDS
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
