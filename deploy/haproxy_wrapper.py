@@ -8,12 +8,15 @@ Needs nothing but the standard library, because it is started without the enviro
 - A replica that fails before the first byte of its answer is replaced by another one, once: HAProxy sends the request
   back to itself through a socket, marked, and so asks the router again. Ray's own retry would take any replica,
   without asking whether it has room, under the reservation of the one that failed.
-- What HAProxy itself answers has OpenAI's shape, and says when to come back.
+- What HAProxy itself answers has OpenAI's shape, and says when to come back. Only where it cannot read a request's head
+  it answers its own HTML, which HAProxy 2.8 leaves nobody to change.
 - While no router can be reached, Serve's own balancing takes the requests, where Ray would answer 503.
 - Buffers as large as the largest body are kept and used again: HAProxy copies a whole one at every request that it may
   have to send again, and by default gives each back to the kernel, which fills it with zeros at its next use.
 - The router is told the request's path and API key, beside its body.
-- No client can set the router's headers, whether there is a router or not.
+- A client's request id that is no ASCII, at which Serve would fail, is replaced by one of HAProxy's.
+- No client can set the router's headers, whether there is a router or not, nor those by which Serve would give up a
+  request early or not notice that its client left.
 - While HAProxy knows of no application, as right after it was started anew, it answers 503, where Ray would say 404 to
   every path.
 
@@ -35,7 +38,11 @@ AGAIN_PREFIX = "again:"
 """Begins the x-request-id by which the router knows a request that came back; the failed reservation follows."""
 
 ASKED = "x-trifleet-asked"
-"""The header that HAProxy's Lua code hands to the router: the path, a space, and the client's Authorization."""
+"""The header that HAProxy's Lua code hands to the router: the path, a space, and the client's Authorization in Base64,
+because Serve would fail at bytes there that are no UTF-8."""
+
+ANSWERED = (400, 408, 500, 502, 503, 504)
+"""What HAProxy answers by itself."""
 
 KEPT_BYTES = 32 * 1024 * 1024
 """Of free buffers, by each of HAProxy's threads."""
@@ -48,12 +55,15 @@ _FRONTEND_RULES = f"""\
     http-request del-header x-trifleet-again if !came_back
     http-request set-header x-trifleet-again 1 if came_back
     http-request del-header x-request-id if !came_back {{{{ req.hdr(x-request-id) -m beg {AGAIN_PREFIX} }}}}
+    http-request del-header x-request-id if {{{{ req.fhdr(x-request-id) -m reg '[^ -~]' }}}}
     http-request set-header x-request-id {AGAIN_PREFIX}%[req.hdr(x-serve-router-reservation)] if came_back
     http-request del-header x-serve-router- -m beg
+    http-request del-header x-request-timeout-seconds
+    http-request del-header x-request-disconnect-disabled
 """
 _ROUTING = r"^ *http-request lua\.route_via_ingress_request_router .*\n"
 _TOLD = f"""\
-    http-request set-header {ASKED} "%[path] %[req.fhdr(authorization,1)]"
+    http-request set-header {ASKED} "%[path] %[req.fhdr(authorization,1),base64]"
 \\g<0>    http-request del-header {ASKED}
 """
 _ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"
@@ -61,17 +71,22 @@ _FRONTEND = r"^frontend http_frontend\n *bind .*\n"
 _PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .*)?\n)+", re.MULTILINE)
 _NO_APPLICATION = r"(?<=^backend default_backend\n)    http-request return status 404 .*$"
 _FAILED_ANSWER = r'return status 503 content-type text/plain lf-string ".*?"(?= hdr X-Serve-Reason )'
+_ERROR_FILES = r"(?:^ *errorfile 50[234] .*\n)+"
 _BUFFERS = r"^ *tune\.bufsize \d+\n"
 REWRITE_BYTES = 32 * 1024
 """Kept free of a request's body in its buffer, for the headers that are added."""
 _UNREACHABLE = "{ var(txn.ingress_request_router_failed) -m str router_unreachable }"
 
 
-def adjusted(config: str, loopback: list[int], socket: str, error_file: str) -> str:
-    """The configuration with all changes made. Raises ValueError where Ray's template is not as expected."""
+def adjusted(config: str, loopback: list[int], socket: str, answers: str) -> str:
+    """The configuration with all changes made. Raises ValueError where Ray's template is not as expected.
+
+    `answers`: the folder of `400.http` and so on, and of `503.json`.
+    """
     for port in loopback:
         config = _once(config, rf"bind \*?:{port}\b", f"bind 127.0.0.1:{port}")
-    config = re.sub(r"errorfile (\d+) .*", rf"errorfile \1 {error_file}", config)
+    own = "".join(f"    errorfile {status} {answers}/{status}.http\n" for status in ANSWERED)
+    config = _once(config, _ERROR_FILES, own)
     config = _once(config, _BUFFERS, rf"\g<0>    tune.memory.hot-size {KEPT_BYTES}\n")
     config = _once(config, _NO_APPLICATION, "    http-request deny deny_status 503")
     config = _once(config, _FRONTEND, rf"\g<0>{_FRONTEND_RULES.format(socket=socket)}")
@@ -80,7 +95,7 @@ def adjusted(config: str, loopback: list[int], socket: str, error_file: str) -> 
         # Without a router the buffers are small, and no body is held.
         config = _once(config, _BUFFERS, rf"\g<0>    tune.maxrewrite {REWRITE_BYTES}\n")
         config = config.replace(_ROUTER_FAILED, f"{_ROUTER_FAILED} !{_UNREACHABLE}")
-        answer = f"return status 503 content-type application/json file {error_file}.json hdr Retry-After 1"
+        answer = f"return status 503 content-type application/json file {answers}/503.json hdr Retry-After 1"
         config = _once(config, _FAILED_ANSWER, answer)
     return re.sub(_PINNED_BACKEND, lambda found: _only_pinned(found.group(), socket), config)
 
@@ -102,14 +117,14 @@ def _once(config: str, pattern: str, new: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """`LOOPBACK_PORTS ERROR_FILE BINARY`, ports with commas, and then HAProxy's own arguments."""
-    ports, error_file, binary, *own = arguments
+    """`LOOPBACK_PORTS ANSWERS BINARY`, ports with commas, and then HAProxy's own arguments."""
+    ports, answers, binary, *own = arguments
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     path = own[own.index("-f") + 1]
     # Beside the configuration, of which Ray writes one for each node: two nodes may be on one machine.
     socket = os.path.join(os.path.dirname(path), "again.sock")
     with open(path) as file:
-        config = adjusted(file.read(), [int(port) for port in ports.split(",")], socket, error_file)
+        config = adjusted(file.read(), [int(port) for port in ports.split(",")], socket, answers)
     with open(path, "w") as file:
         file.write(config)
     os.execv(binary, [binary, *own])

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from deploy.output import writable
 from deploy.tiers import check_names
-from replicas.access import ADMIN
+from replicas.access import ADMIN, DEFAULT_TIER
 
 PREFIX = "tf-"
 KEY_BYTES = 32
@@ -25,7 +25,7 @@ def _keys() -> None:
 
 @app.command()
 def new(
-    tier: Annotated[str, typer.Option(help=f"the key's tier, or {ADMIN}")] = "default",
+    tier: Annotated[str, typer.Option(help=f"the key's tier, or {ADMIN}")] = DEFAULT_TIER,
     file: Annotated[
         Path | None, typer.Option(help="append the hash to this keys file (access.keys_file)", callback=writable)
     ] = None,
@@ -49,4 +49,7 @@ def new(
         out.write(("\n" if before and not before.endswith("\n") else "") + line + "\n")
     if is_new:
         file.chmod(0o600)
-    console.print(f"Its hash is in {file}; a running fleet takes it at once.", markup=False, soft_wrap=True)
+    # What the fleet's settings hold is not known here, and a line with another tier does not count.
+    condition = "" if tier in (ADMIN, DEFAULT_TIER) else f" whose settings have a tier {tier}"
+    said = f"Its hash is in {file}; a running fleet{condition} takes it at once."
+    console.print(said, markup=False, soft_wrap=True, highlight=False)

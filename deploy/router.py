@@ -9,12 +9,14 @@ replica what to answer, and without a coordinator requests still flow, spread by
 """
 
 import asyncio
+import base64
 import contextlib
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -27,7 +29,7 @@ from ray.serve.deployment import Application
 from ray.serve.handle import DeploymentHandle
 from starlette import routing
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from deploy import haproxy_servers, listed
 from deploy.coordinator import NAME, NAMESPACE
@@ -56,8 +58,14 @@ logger = logging.getLogger("ray.serve")
 
 # The coordinator answers at the queue's deadline; later than this it is taken for gone.
 COORDINATOR_GRACE_SECONDS = 5.0
+# And later than this after its arrival a request is refused, whatever it waits for: a router that HAProxy has given up
+# on (`haproxy.ROUTER_GRACE_SECONDS`) is none, and the request would go unbooked onto a full fleet.
+ANSWER_GRACE_SECONDS = 7.0
 SHORT_BODY_BYTES = 2048
 """Of about a millisecond's work."""
+BACKLOG_BYTES = 8 * 1024 * 1024
+"""Of longer bodies whose tokens are not counted yet: some ten seconds of work."""
+BACKLOG_RETRY_SECONDS = 5
 RESOLVE_ATTEMPTS = 4
 RESOLVE_PAUSE_SECONDS = 0.5
 WATCH_SECONDS = 0.25
@@ -68,8 +76,20 @@ _ERROR_TYPES = {
     429: "TooManyRequestsError",
     503: "ServiceUnavailableError",
 }
-_REASONS = {404: "unknown_model", 413: "body_too_large"}
-"""Labels of the rejections metric."""
+_LATE = Answer(
+    503,
+    "ServiceUnavailableError",
+    "The request found no place in time (queue_deadline_seconds): send it again later.",
+    retry_after_seconds=1,
+)
+_BUSY = Answer(
+    503,
+    "ServiceUnavailableError",
+    f"Long prompts wait to be counted, {BACKLOG_BYTES >> 20} MiB of them: send the request again later.",
+    retry_after_seconds=BACKLOG_RETRY_SECONDS,
+)
+_REASONS = {404: "unknown_model", 413: "body_too_large", 503: "queue_full"}
+"""Labels of the rejections metric, for answers that come of a body."""
 
 
 @serve.ingress()
@@ -94,11 +114,11 @@ class Router:
         self._limits = limits
         self._turnstile = Turnstile()
         self._patience = queue_deadline_seconds + COORDINATOR_GRACE_SECONDS
-        self._tokens = ModelTokens(engine_arguments)
-        # One thread: tokenizing stays off the event loop, and the tokenizer is not thread-safe.
+        self._answer_seconds = queue_deadline_seconds + ANSWER_GRACE_SECONDS
+        # Tokenizers are not thread-safe: one for the event loop, and one for the thread that keeps long bodies off it.
+        self._tokens, self._tokens_in_thread = ModelTokens(engine_arguments), ModelTokens(engine_arguments)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens")
-        self._in_thread: Future[Admissible | Answer] | None = None
-        """The last one."""
+        self._backlog_bytes = 0
         # HAProxy asks the router of its own node where there is one.
         self._node = ray.get_runtime_context().get_node_id()
         self._link = Link(_find_coordinator)
@@ -107,18 +127,30 @@ class Router:
         self._background: set[asyncio.Task[Any]] = set()
 
     async def __serve_build_asgi_app__(self) -> routing.Router:
-        async def route(request: Request) -> JSONResponse:
-            return JSONResponse(await self.route(request))
+        async def route(request: Request) -> Response:
+            answer = await self.route(request)
+            # HAProxy makes its own 503 of it.
+            return Response(status_code=503) if answer is None else JSONResponse(answer)
 
         self._in_background(self._watch())
         return routing.Router([routing.Route("/internal/route", route, methods=["POST"])])
 
-    async def route(self, request: Request) -> dict[str, Any]:
-        """HAProxy's question: the client's body, cut only where it is over the largest. The answer is `_route_to`'s."""
-        arrived_at = time.monotonic()
-        path, _, authorization = request.headers.get(ASKED, "").partition(" ")
-        endpoint = GENERATING.get(unquote(path))
+    async def route(self, request: Request) -> dict[str, Any] | None:
+        """HAProxy's question: the client's body, cut only where it is over the largest. The answer is `_route_to`'s, in
+        time; None where it is too late and no replica is there that could say so."""
+        path, authorization = _asked(request)
         tenant = self._access.keyring.tenant(authorization)
+        try:
+            async with asyncio.timeout(self._answer_seconds):
+                return await self._routed(request, GENERATING.get(unquote(path)), tenant)
+        except TimeoutError:
+            self._count_refusal(tenant.tier, "queue_deadline")
+            # Without the wait for one that `_any_replica` has.
+            there = list(self._listed().values())
+            return _route_to(random.choice(there), {REFUSAL: _LATE.encode()}) if there else None
+
+    async def _routed(self, request: Request, endpoint: Endpoint | None, tenant: Tenant) -> dict[str, Any]:
+        arrived_at = time.monotonic()
         failed = _came_back(request)
         if self._access.is_required and not tenant.is_known:
             # The replica refuses it, which knows the path as well: here it only books nothing.
@@ -140,14 +172,20 @@ class Router:
 
     async def _examined(self, body: bytes, endpoint: Endpoint, tenant: Tenant) -> Admissible | Answer:
         tier = self._tiers[tenant.tier]
-        arguments = (body, endpoint, new_reservation(), self._served, self._tokens, tenant, tier, self._limits)
+        given = (body, endpoint, new_reservation(), self._served)
+        rules = (tenant, tier, self._limits)
         # A thread is for what would keep other requests waiting: to hand a short body over takes longer than to examine
-        # it. Only while the thread has none, because the tokenizer is not thread-safe.
-        if len(body) <= SHORT_BODY_BYTES and (self._in_thread is None or self._in_thread.done()):
-            return examine(*arguments)
-        self._in_thread = self._threads.submit(examine, *arguments)
-        # Shielded, because a cancelled one that has not begun is done as well, while the one before it runs.
-        return await asyncio.shield(asyncio.wrap_future(self._in_thread))
+        # it, and short ones do not wait behind long ones.
+        if len(body) <= SHORT_BODY_BYTES:
+            return examine(*given, self._tokens, *rules)
+        if self._backlog_bytes + len(body) > BACKLOG_BYTES:
+            return _BUSY
+        self._backlog_bytes += len(body)
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, examine, *given, self._tokens_in_thread, *rules)
+        finally:
+            self._backlog_bytes -= len(body)
 
     async def _placed(
         self, request: Admissible, endpoint: Endpoint, failed: str | None, arrived_at: float
@@ -275,6 +313,12 @@ class Router:
 async def _find_coordinator() -> Address:
     address: Address = await ray.get_actor(NAME, namespace=NAMESPACE).address.remote()
     return address
+
+
+def _asked(request: Request) -> tuple[str, str]:
+    """The path that the client asks for, and its Authorization as a replica will read it."""
+    path, _, authorization = request.headers.get(ASKED, "").partition(" ")
+    return path, base64.b64decode(authorization).decode("latin-1")
 
 
 def _came_back(request: Request) -> str | None:

@@ -34,12 +34,20 @@ def read_fleet(url: str) -> Fleet:
         if response.status_code in (401, 403):
             raise FleetError(f"The fleet at {url} shows this to an admin key only: set {KEY_VARIABLE} to one.")
         if response.status_code == 503:
-            raise FleetError(f"The fleet at {url} has no coordinator now: ask again in a few seconds.")
+            raise FleetError(f"The fleet at {url} does not show its state now: {_message(response)}")
         response.raise_for_status()
         fleet: Fleet = response.json()
     except (httpx.HTTPError, ValueError) as error:
         raise FleetError(f"No fleet answers at {url} ({error}): start it with `trifleet up`.") from None
     return fleet
+
+
+def _message(refused: httpx.Response) -> str:
+    """Who answered knows why: a replica, of the coordinator, or HAProxy, of the replicas."""
+    try:
+        return str(refused.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):  # of something before the fleet
+        return f"{refused.status_code} {refused.reason_phrase}."
 
 
 def show_status(url: str, console: Console, once: bool, json_path: Path | None) -> None:

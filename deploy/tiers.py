@@ -114,4 +114,4 @@ def _digest(key: str, setting: str, environment: Mapping[str, str]) -> bytes:
     secret = environment.get(value)
     if not secret:
         raise TierKeyError(f"{setting} names the environment variable {value}, which is not set: set it")
-    return hashlib.sha256(secret.encode()).digest()
+    return hashlib.sha256(os.fsencode(secret)).digest()

@@ -64,7 +64,7 @@ class Keyring:
     def __init__(
         self, digests: Mapping[bytes, Tenant], file: Path | None = None, tiers: frozenset[str] = frozenset()
     ) -> None:
-        """`tiers`: those that `file` may name. Raises `KeysFileError`."""
+        """`tiers`: those that `file` may name. Raises `KeysFileError` for a file with a mistake."""
         self._fixed = tuple(digests.items())
         self._file = file
         self._tiers = tiers
@@ -72,16 +72,20 @@ class Keyring:
         self._seen: tuple[int, int, int] | None = None
         if file is not None:
             self._seen = _version(file)
-            self._of_file = tuple(read_keys(file, tiers).items())
+            keys, mistakes = read_keys(file, tiers)
+            if mistakes:
+                raise KeysFileError(" ".join(mistakes))
+            self._of_file = tuple(keys.items())
 
     def tenant(self, authorization: str | None) -> Tenant:
         """The tenant of an Authorization header, Bearer or Basic (the password); an unknown key is as good as none.
 
+        `authorization`: read as Latin-1, as ASGI's headers are; a key is the bytes that were sent.
         Compares with every hash, each in constant time: how long it takes tells nothing of the keys.
         """
         self._reread()
         key = _key(authorization or "")
-        digest = hashlib.sha256((key or "").encode(errors="surrogateescape")).digest()
+        digest = hashlib.sha256(key or b"").digest()
         found = _NOBODY
         for known, tenant in (*self._fixed, *self._of_file):
             if hmac.compare_digest(known, digest) and key is not None:
@@ -89,37 +93,42 @@ class Keyring:
         return found
 
     def _reread(self) -> None:
-        """A file that cannot be used leaves the keys as they were: a slip must not shut everybody out."""
-        if self._file is None:
+        """What is wrong with a version of the file is said once. A line with a mistake does not count and the others
+        do, so that a slip delays no revocation; a file that cannot be read leaves the keys as they were."""
+        if self._file is None or (seen := _version(self._file)) == self._seen:
             return
+        self._seen = seen
         try:
-            seen = _version(self._file)
-            if seen == self._seen:
-                return
-            self._seen = seen
-            self._of_file = tuple(read_keys(self._file, self._tiers).items())
-            logger.info("%s holds %d keys now.", self._file, len(self._of_file))
+            keys, mistakes = read_keys(self._file, self._tiers)
         except KeysFileError as error:
-            if self._seen is not None:
-                logger.error("%s The keys stay as they were.", error)
-            self._seen = None
+            logger.error("%s The keys stay as they were.", error)
+            return
+        self._of_file = tuple(keys.items())
+        for mistake in mistakes:
+            logger.error("%s This line does not count.", mistake)
+        logger.info("%s holds %d keys now.", self._file, len(keys))
 
 
-def _version(file: Path) -> tuple[int, int, int]:
+def _version(file: Path) -> tuple[int, int, int] | None:
+    """What is another after every change, of the file's mode too; None of a file that is not there."""
     try:
         state = file.stat()
+    except OSError:
+        return None
+    return state.st_ctime_ns, state.st_size, state.st_ino
+
+
+def read_keys(file: Path, tiers: frozenset[str]) -> tuple[dict[bytes, Tenant], list[str]]:
+    """Lines of `sha256:HEX TIER`, or `admin` for the tier; # begins a comment. And a sentence for each other line.
+
+    Raises `KeysFileError` for a file that cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise KeysFileError(f"The keys file {file} cannot be read: {error.strerror}.") from None
-    return state.st_mtime_ns, state.st_size, state.st_ino
-
-
-def read_keys(file: Path, tiers: frozenset[str]) -> dict[bytes, Tenant]:
-    """Lines of `sha256:HEX TIER`, or `admin` for the tier; # begins a comment. Raises `KeysFileError`."""
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise KeysFileError(f"The keys file {file} cannot be read: {type(error).__name__}.") from None
     keys: dict[bytes, Tenant] = {}
+    mistakes: list[str] = []
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].strip()
         if not words:
@@ -127,28 +136,29 @@ def read_keys(file: Path, tiers: frozenset[str]) -> dict[bytes, Tenant]:
         found = _LINE.fullmatch(words)
         if found is None:
             # The line is not repeated: it may hold a key.
-            raise KeysFileError(
+            mistakes.append(
                 f"Line {number} of {file} is not `sha256:HEX TIER`: `trifleet keys new` writes such a line."
             )
-        tier = found.group(2)
+            continue
+        digest, tier = bytes.fromhex(found.group(1)), found.group(2)
         if tier not in tiers | {ADMIN, DEFAULT_TIER}:
             known = ", ".join(sorted(tiers | {ADMIN, DEFAULT_TIER}))
-            raise KeysFileError(f"Line {number} of {file} names tier {tier}, which is none: known are {known}.")
-        digest = bytes.fromhex(found.group(1))
-        if digest in keys:
-            raise KeysFileError(f"Line {number} of {file} repeats a key: remove one of the two lines.")
-        keys[digest] = tenant_of(digest, tier)
-    return keys
+            mistakes.append(f"Line {number} of {file} names tier {tier[:50]}, which is none: known are {known}.")
+        elif digest in keys:
+            mistakes.append(f"Line {number} of {file} repeats a key: remove one of the two lines.")
+        else:
+            keys[digest] = tenant_of(digest, tier)
+    return keys, mistakes
 
 
-def _key(authorization: str) -> str | None:
-    scheme, _, value = authorization.partition(" ")
-    if scheme.lower() == "bearer":
+def _key(authorization: str) -> bytes | None:
+    scheme, _, value = authorization.encode("latin-1").partition(b" ")
+    if scheme.lower() == b"bearer":
         return value.strip()
-    if scheme.lower() == "basic":  # what a browser sends, and Prometheus' basic_auth
+    if scheme.lower() == b"basic":  # what a browser sends, and Prometheus' basic_auth
         try:
-            return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
-        except ValueError:  # not Base64, or not UTF-8 in it
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except ValueError:  # not Base64
             return None
     return None
 

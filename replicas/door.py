@@ -6,7 +6,6 @@ and puts it on the answer; every refusal here is one line of the log with that i
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
@@ -19,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from replicas.access import Access, Tenant
-from replicas.gate import REQUEST_ID, Reservations, after, answer_with
+from replicas.gate import REQUEST_ID, Reservations, after, answer_with, ended_by
 from replicas.headers import REFUSAL, RESERVATION, Answer
 from replicas.limits import RequestLimits, check_body, check_headers, check_size
 from replicas.turnstile import Allowance, Turnstile
@@ -133,7 +132,7 @@ class Door:
         timer = asyncio.get_running_loop().call_later(self._limits.request_seconds, over.set)
         try:
             async with asyncio.timeout(self._limits.request_seconds + _TO_LEAVE_SECONDS):
-                await self._gate(scope, _ended_by(over, receive), answering.send)
+                await self._gate(scope, ended_by(over, receive), answering.send)
         except Exception:
             # Whatever an application makes of being told that the client left is no error of this request.
             if not over.is_set():
@@ -174,21 +173,3 @@ class _Answering:
 def _counts(scope: Scope) -> bool:
     """Whether the request is one of those that a tier's limits are about."""
     return scope["method"] == "POST"
-
-
-def _ended_by(over: asyncio.Event, receive: Receive) -> Receive:
-    async def until_over() -> Message:
-        if over.is_set():
-            return {"type": "http.disconnect"}
-        coming, ending = asyncio.ensure_future(receive()), asyncio.ensure_future(over.wait())
-        try:
-            await asyncio.wait((coming, ending), return_when=asyncio.FIRST_COMPLETED)
-            return coming.result() if coming.done() else {"type": "http.disconnect"}
-        finally:
-            ending.cancel()
-            if not coming.done():
-                coming.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await coming
-
-    return until_over

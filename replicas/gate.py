@@ -99,26 +99,29 @@ class Gate:
         if fields := _own_fields(scope, headers):
             receive = await _with_fields(fields, headers, receive)
         if reservation is None:
-            await _to_its_end(self._app(scope, receive, send))
+            await self._to_its_end(scope, receive, send)
             return
         path = AnswerPath(send, self._is_dead, self._reservations, reservation)
-        await _to_its_end(self._app(scope, receive, path.send))
+        await self._to_its_end(scope, receive, path.send)
 
+    async def _to_its_end(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Await vLLM's application, and where Serve cancels the request, let it end by itself first.
 
-async def _to_its_end(request: Awaitable[None]) -> None:
-    """Await a request of vLLM's application, and where Serve cancels it, let it end by itself first.
-
-    Serve cancels a request whose client left. vLLM's handlers that do not stream leave their work running when
-    they are cancelled (`with_cancellation`), but abort it in the engine when they receive `http.disconnect`,
-    which Serve has put into `receive` by then.
-    """
-    task = asyncio.ensure_future(request)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task], timeout=DISCONNECT_SECONDS)
-        task.cancel()
-        raise
+        Serve cancels a request whose client left, or whose time is over. vLLM's handlers that do not stream leave their
+        work running when they are cancelled (`with_cancellation`), but abort it in the engine when they receive
+        `http.disconnect`. Of a time that is over Serve says nothing there, so it is said here.
+        """
+        cancelled = asyncio.Event()
+        task = asyncio.ensure_future(self._app(scope, ended_by(cancelled, receive), send))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled.set()
+            # What the application makes of it is no error: nobody is there to be answered.
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            await asyncio.wait([task], timeout=DISCONNECT_SECONDS)
+            task.cancel()
+            raise
 
 
 def _own_fields(scope: Scope, headers: MutableHeaders) -> dict[str, Any]:
@@ -166,6 +169,26 @@ def after(message: Message, receive: Receive) -> Receive:
         return await receive()
 
     return receive_next
+
+
+def ended_by(over: asyncio.Event, receive: Receive) -> Receive:
+    """What `receive` gives, and once `over` is set that the client has left."""
+
+    async def until_over() -> Message:
+        if over.is_set():
+            return {"type": "http.disconnect"}
+        coming, ending = asyncio.ensure_future(receive()), asyncio.ensure_future(over.wait())
+        try:
+            await asyncio.wait((coming, ending), return_when=asyncio.FIRST_COMPLETED)
+            return coming.result() if coming.done() else {"type": "http.disconnect"}
+        finally:
+            ending.cancel()
+            if not coming.done():
+                coming.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await coming
+
+    return until_over
 
 
 def _refusal(scope: Scope, headers: MutableHeaders) -> Answer | None:

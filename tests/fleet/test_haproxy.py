@@ -4,10 +4,12 @@ Which replica fails, and when, is scripted here, so that each way to fail is see
 """
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -46,7 +48,7 @@ print(api.config_file_path)
 
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[str, dict[str, str], bytes]:
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
     return head[0], headers, await reader.readexactly(int(headers.get("content-length", 0)))
 
@@ -114,17 +116,24 @@ class Setup:
         for name, replica in self.replicas.items():
             replica.fails, replica.seen = fails.get(name), []
 
-    async def post(self, headers: dict[str, str] | None = None) -> httpx.Response:
+    async def post(self, headers: dict[str, str] | dict[bytes, bytes] | None = None) -> httpx.Response:
         async with httpx.AsyncClient(timeout=10) as http:
             return await http.post(f"{self.url}/v1/completions", content=b"the prompt", headers=headers)
 
 
 @contextlib.asynccontextmanager
-async def haproxy(folder: Path, router_port: int | None, replica_ports: dict[str, int]) -> AsyncIterator[str]:
-    """Its URL, once it is there. Without replicas it knows of no application."""
+async def haproxy(
+    folder: Path, router_port: int | None, replica_ports: dict[str, int], router_seconds: int | None = None
+) -> AsyncIterator[str]:
+    """Its URL, once it is there. Without replicas it knows of no application.
+
+    `router_seconds`: how long the router may take for an answer, if not as long as in a fleet.
+    """
     (port,) = free_ports(1)
     settings = FleetSettings(served_model_name="m")
     variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder, port)}
+    if router_seconds is not None:
+        variables["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"] = str(router_seconds)
     arguments = json.dumps([port, router_port, replica_ports])
     writer = await asyncio.create_subprocess_exec(
         sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE
@@ -216,14 +225,26 @@ async def test_clients_cannot_pretend_to_come_back(setup: Setup) -> None:
     assert setup.router.asked[1]["x-request-id"] == "again:rsv1"
 
 
-async def test_the_router_is_told_the_path_and_the_api_key(setup: Setup) -> None:
+async def test_the_router_is_told_the_path_and_the_api_key_whatever_its_bytes(setup: Setup) -> None:
     setup.script(["a", "b", "c"], a="closes")
-    await setup.post({"authorization": "Bearer secret, with a comma", ASKED: "/forged"})
+    await setup.post({b"authorization": b"Bearer secret, with a comma, \xe9 and \xc3\xa9", ASKED.encode(): b"/forged"})
     await setup.post()
     with_key, again, without = (asked[ASKED] for asked in setup.router.asked)
-    assert with_key == again == "/v1/completions Bearer secret, with a comma"
+    path, _, encoded = with_key.partition(" ")
+    assert (again, path) == (with_key, "/v1/completions")
+    assert base64.b64decode(encoded) == b"Bearer secret, with a comma, \xe9 and \xc3\xa9"
     assert without.strip() == "/v1/completions"
     assert ASKED not in setup.replicas["c"].seen[0]
+
+
+async def test_a_clients_request_id_is_kept_unless_it_has_bytes_that_serve_cannot_read(setup: Setup) -> None:
+    setup.script(["a", "a"])
+    await setup.post({b"x-request-id": b"mine: number 1"})
+    await setup.post({b"x-request-id": b"caf\xe9"})
+    kept, given = setup.replicas["a"].seen
+    assert kept["x-request-id"] == "mine: number 1"
+    assert len(given["x-request-id"]) == len(str(uuid.uuid4()))
+    assert [asked["x-request-id"] for asked in setup.router.asked] == [kept["x-request-id"], given["x-request-id"]]
 
 
 async def test_of_a_body_that_is_too_large_the_router_sees_that_it_is(setup: Setup) -> None:
@@ -241,6 +262,14 @@ async def test_of_a_body_that_is_too_large_the_router_sees_that_it_is(setup: Set
     assert setup.router.sizes[1] > BODY_BYTES
 
 
+async def test_how_serve_handles_a_request_is_not_the_clients_to_say(setup: Setup) -> None:
+    """Serve would give it up after that time, or let it run on when the client has left."""
+    setup.script(["a"])
+    named = {"x-request-timeout-seconds": "1", "x-request-disconnect-disabled": "?1"}
+    assert (await setup.post(named)).status_code == 200
+    assert not named.keys() & setup.replicas["a"].seen[0].keys()
+
+
 @pytest.mark.parametrize("method", ["POST", "GET", "OPTIONS"])
 async def test_no_client_sets_the_routers_headers_router_or_none(
     setup: Setup, without_router: Setup, method: str
@@ -254,6 +283,25 @@ async def test_no_client_sets_the_routers_headers_router_or_none(
     assert len(seen) == 2
     for headers in seen:
         assert not [name for name in headers if name.startswith(PREFIX) and headers[name] in forged.values()]
+
+
+@pytest.mark.parametrize(
+    ("headers", "later", "status"),
+    [(b"transfer-encoding: chunked", b"no chunk\r\n", 400), (b"content-length: 2", b"{", 408)],
+)
+async def test_what_haproxy_itself_says_of_a_body_has_openais_shape(
+    setup: Setup, tmp_path: Path, headers: bytes, later: bytes, status: int
+) -> None:
+    async with haproxy(tmp_path, 1, setup.ports, router_seconds=1) as url:
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + headers + b"\r\n\r\n")
+        await asyncio.sleep(0.2)
+        writer.write(later)
+        line, answered, body = await asyncio.wait_for(read_request(reader), 10)
+        writer.close()
+    assert line.split()[1] == str(status)
+    assert answered["content-type"] == "application/json"
+    assert json.loads(body)["error"]["code"] == status
 
 
 async def test_while_no_router_can_be_reached_requests_flow(setup: Setup) -> None:

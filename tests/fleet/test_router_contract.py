@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 import deploy.haproxy
 import deploy.router
 from deploy.listing_router import ListingRouter
-from deploy.settings import FleetSettings
+from deploy.settings import FleetSettings, parse_settings
 from replicas import headers
 
 LUA = (Path(haproxy.__file__).parent / "ingress_request_router.lua.tmpl").read_text()
@@ -83,11 +83,15 @@ def test_no_port_of_haproxys_own_is_the_endpoints(tmp_path: Path, monkeypatch: p
     assert taken == {str(port) for port in ports} - {str(ports[2])}
 
 
-def test_the_router_may_answer_later_than_the_queue_decides() -> None:
-    settings = FleetSettings(served_model_name="m")
+@pytest.mark.parametrize("deadline", [60.0, 0.9])
+def test_the_router_may_answer_later_than_the_queue_decides_and_answers_before_haproxy_gives_up(
+    deadline: float,
+) -> None:
+    settings = parse_settings({"served_model_name": "m", "coordinator": {"queue_deadline_seconds": deadline}})
     variables = deploy.haproxy.environment(settings)
     patience = float(variables["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"])
-    assert patience > settings.coordinator.queue_deadline_seconds + deploy.router.COORDINATOR_GRACE_SECONDS
+    assert patience >= deadline + deploy.router.ANSWER_GRACE_SECONDS + 3
+    assert deploy.router.ANSWER_GRACE_SECONDS > deploy.router.COORDINATOR_GRACE_SECONDS
 
 
 def test_haproxys_own_pages_are_bound_as_the_wrapper_expects() -> None:

@@ -96,19 +96,21 @@ def test_every_ray_pod_has_the_environment_of_trifleet_up(overlay: str) -> None:
 def test_a_change_of_the_environment_changes_the_pods() -> None:
     """Its name carries a hash, so KubeRay sees other pods and starts a new cluster."""
     names = set()
-    for name in ("cpu-demo", "gpu", "production"):
+    for name in ("cpu-demo", "gpu"):
         template = one(f"overlays/{name}", "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]
         names.add(template["spec"]["containers"][0]["envFrom"][0]["configMapRef"]["name"])
-    assert len(names) == 3
+    assert len(names) == 2
 
 
 def test_the_version_of_ray_is_the_pinned_one() -> None:
     assert f"ray=={agreement.RAY}" in (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
 
 
-def test_a_longer_drain_lengthens_what_haproxy_allows() -> None:
-    settings = parse_settings({"served_model_name": "m", "drain_seconds": 7200})
-    assert environment(settings)["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] == "7200"
+@pytest.mark.parametrize("limits", [{}, {"request_seconds": 86_400.5}])
+def test_a_haproxy_that_was_replaced_cuts_no_request_that_the_limits_allow(limits: dict[str, float]) -> None:
+    settings = parse_settings({"served_model_name": "m", "drain_seconds": 60, "limits": limits})
+    longest = settings.coordinator.queue_deadline_seconds + settings.limits.request_seconds
+    assert int(environment(settings)["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > longest
 
 
 def test_production_pods_are_hardened() -> None:

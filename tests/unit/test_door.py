@@ -204,22 +204,42 @@ def test_a_changed_keys_file_counts_at_once(keys_file, ring):
     assert ring.tenant("Bearer tf-another").tier == "gold"
 
 
-@pytest.mark.parametrize(
-    "text", ["sha256:12 gold", line(KEY, "silver"), line(KEY, "gold") * 2, f"{KEY} gold", "\udcff"]
-)
-def test_a_file_with_a_mistake_is_refused_at_the_start_and_ignored_later(keys_file, ring, text):
+MISTAKES = ["sha256:12 gold", line(KEY, "silver"), line("tf-another", "gold") * 2, f"{KEY} gold", "\udcff"]
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_file_with_a_mistake_is_refused_at_the_start(keys_file, text):
     keys_file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(KeysFileError) as caught:
         Keyring({}, keys_file, frozenset({"gold"}))
     assert KEY not in str(caught.value)
-    assert ring.tenant(f"Bearer {KEY}").tier == "gold"
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_later_a_line_with_a_mistake_is_said_once_and_revocations_beside_it_hold(keys_file, ring, text, caplog):
+    logging.getLogger("ray.serve").propagate = True
+    keys_file.write_bytes(f"{text.strip()}\n{line('tf-new', 'gold')}".encode(errors="surrogateescape"))
+    for _ in range(3):
+        assert not ring.tenant(f"Bearer {KEY}").is_known
+        assert not ring.tenant(f"Bearer {ADMIN_KEY}").is_known
+        assert ring.tenant("Bearer tf-new").tier == "gold"
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "does not count" in said
+    assert KEY not in said
+
+
+def test_a_file_that_cannot_be_read_leaves_the_keys_as_they_were_and_is_said_once(keys_file, ring, caplog):
+    logging.getLogger("ray.serve").propagate = True
     keys_file.unlink()
-    assert ring.tenant(f"Bearer {KEY}").tier == "gold"
+    for _ in range(3):
+        assert ring.tenant(f"Bearer {KEY}").tier == "gold"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
     keys_file.write_text(line("tf-another", "gold"))
     assert ring.tenant("Bearer tf-another").tier == "gold"
+    assert not ring.tenant(f"Bearer {KEY}").is_known
 
 
-@given(st.text(max_size=200))
+@given(st.binary(max_size=200).map(lambda header: header.decode("latin-1")))
 def test_no_header_is_somebody_by_chance(header):
     ring = keyring({"gold": Tier(keys=("sha256:" + hashlib.sha256(KEY.encode()).hexdigest(),))})
     assert ring.tenant(header).is_known == (

@@ -78,7 +78,7 @@ def test_in_a_narrow_terminal_the_bar_gives_way_and_no_figure_is_cut():
 
 
 class Answers:
-    """Stands for httpx.get: gives these answers in turn, statuses or a fleet."""
+    """Stands for httpx.get: gives these answers in turn, statuses, the message of a 503, or a fleet."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -88,12 +88,21 @@ class Answers:
         request = httpx.Request("GET", url)
         if isinstance(answer, int):
             return httpx.Response(answer, request=request)
+        if isinstance(answer, str):
+            return httpx.Response(503, json={"error": {"message": answer}}, request=request)
         return httpx.Response(200, json=answer, request=request)
 
 
 @pytest.mark.parametrize(
     ("answer", "sentence"),
-    [(401, "TRIFLEET_KEY"), (403, "admin key"), (503, "no coordinator now"), (404, "trifleet up")],
+    [
+        (401, "TRIFLEET_KEY"),
+        (403, "admin key"),
+        ("The coordinator is away.", "does not show its state now: The coordinator is away."),
+        ("No replica could answer.", "does not show its state now: No replica could answer."),
+        (503, "does not show its state now: 503 Service Unavailable."),
+        (404, "trifleet up"),
+    ],
 )
 def test_why_there_is_no_picture_is_said_with_the_remedy(monkeypatch, answer, sentence):
     monkeypatch.setattr(httpx, "get", Answers(answer))
@@ -103,7 +112,7 @@ def test_why_there_is_no_picture_is_said_with_the_remedy(monkeypatch, answer, se
 
 def test_a_watched_fleet_may_be_without_its_coordinator_for_a_while(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr(httpx, "get", Answers(503, fleet(7), 401))
+    monkeypatch.setattr(httpx, "get", Answers("The coordinator is away.", fleet(7), 401))
     console, pictures = Console(width=120, record=True, file=io.StringIO()), []
 
     def update(drawn):
@@ -115,6 +124,6 @@ def test_a_watched_fleet_may_be_without_its_coordinator_for_a_while(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         watch("http://somewhere", fleet(3), update)
     text = console.export_text()
-    assert "no coordinator now" in text
+    assert "The coordinator is away" in text
     assert "TRIFLEET_KEY" in text
     assert text.count("of 100") == 6

@@ -1,10 +1,13 @@
 """Which tier and which tenant an API key stands for."""
 
+import base64
 import hashlib
 import hmac
 
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from deploy.settings import SettingsError, parse_settings
 from deploy.tiers import Tier, TierKeyError, keyring
 from replicas.access import ANONYMOUS, DEFAULT_TIER, Tenant
@@ -28,6 +31,15 @@ def test_a_key_may_come_from_the_environment():
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer other", f"Basic {KEY}", KEY])
 def test_anyone_else_is_of_the_default_tier(header):
     assert keyring({"gold": Tier(keys=(HASH,))}).tenant(header) == Tenant(ANONYMOUS, DEFAULT_TIER)
+
+
+def test_a_key_of_letters_beyond_ascii_is_known_by_the_bytes_that_a_client_sends():
+    ring = keyring({"gold": Tier(keys=("env:GOLD_KEY",))}, {"GOLD_KEY": "clé à"})
+    password = base64.b64encode("me:clé à".encode()).decode()
+    # Headers are read as Latin-1, whatever they are.
+    for header in ("Bearer clé à".encode().decode("latin-1"), f"Basic {password}"):
+        assert ring.tenant(header).tier == "gold"
+    assert not ring.tenant("Bearer clé à").is_known
 
 
 def test_two_keys_of_one_tier_are_two_tenants():
@@ -74,3 +86,10 @@ def test_mistakes_in_the_settings_are_sentences_that_do_not_repeat_a_key(tiers, 
         parse_settings({"served_model_name": "m", "tiers": tiers})
     assert sentence in str(caught.value)
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(("tier", "condition"), [("gld", " whose settings have a tier gld"), ("admin", "")])
+def test_a_new_keys_line_counts_where_the_settings_have_its_tier_and_that_is_said(tmp_path, tier, condition):
+    arguments = ["keys", "new", "--tier", tier, "--file", str(tmp_path / "keys")]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "500"})
+    assert f"a running fleet{condition} takes it at once" in result.output
