@@ -239,7 +239,8 @@ def _measure(rotary: nn.Module, rotation: Rotation, head_dim: int) -> RopeParame
     # A quarter turn sends number 0 to its partner: 1 if interleaved, the start of the second half otherwise.
     first = torch.zeros(1, 1, 1, rotary_dim)
     first[..., 0] = 1
-    quarter, _ = rotation(first, first, torch.zeros(1, 1, rotary_dim), torch.ones(1, 1, rotary_dim))
+    cos, sin = rotary(first, torch.zeros(1, 1, dtype=torch.long))
+    quarter, _ = rotation(first, first, torch.zeros_like(cos), torch.ones_like(sin))
     partner = int(quarter.abs().argmax())
     parameters = RopeParameters(
         inv_freq=tuple(inv_freq.double().tolist()),

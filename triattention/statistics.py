@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import FalconConfig, PreTrainedConfig
 
 from triattention.rope import RopeParameters, head_dim
 
@@ -60,9 +60,16 @@ def model_facts(config: PreTrainedConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
+        "num_key_value_heads": _kv_heads(config),
         "head_dim": head_dim(config),
     }
+
+
+def _kv_heads(config: PreTrainedConfig) -> int:
+    """Of a layer. Falcon has names of its own; models older than groups have none, and one for every query head."""
+    if isinstance(config, FalconConfig):
+        return 1 if config.multi_query and not config.new_decoder_architecture else int(config.num_kv_heads)
+    return int(getattr(config, "num_key_value_heads", config.num_attention_heads))
 
 
 @dataclass(frozen=True)

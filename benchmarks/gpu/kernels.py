@@ -3,7 +3,8 @@
     python benchmarks/gpu/kernels.py [--json PATH] [--quick]
 
 Builds nothing and needs torch, numpy, triton and this repository's triattention/kernels, nothing else. Exits with 1 if
-a check fails. Sizes are Qwen3-8B's; a few minutes and, without --quick, 25 GB of GPU memory.
+a check fails. Sizes are Qwen3-8B's; a few minutes and 32 GB of free GPU memory, with --quick 16 GB. What the checks
+found is written before anything is measured.
 
 How it measures: every run works on the next of several caches, so that none finds its bytes in the L2 cache from the
 run before; the GPU is kept busy while the CPU prepares a launch, so that events see the GPU's time alone; the kernels
@@ -36,6 +37,8 @@ LAYERS, KV_HEADS, GROUP, HEAD_DIM = 36, 8, 4, 128
 WEIGHT_BYTES = 16.4e9
 """Of Qwen3-8B in bf16: what a decode step reads beside the KV cache."""
 BLOCK_SIZE, INTERVAL, WINDOW = 16, 128, 128
+LARGE_COPY = 4 << 30
+"""Bytes of the copy whose bandwidth the others are compared with."""
 OFFSETS = [2**i for i in range(17)]
 TILINGS = [
     Tiling(tile, tiles, stages, warps)
@@ -261,11 +264,23 @@ def cpu_seconds(run: Callable[[int], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def copy_of(size: int) -> Callable[[int], object]:
-    """A copy of `size` bytes, from and to other memory each time, 512 MB at least in all."""
-    count = max(2, math.ceil((512 << 20) / size))
-    buffers = [torch.ones(size, dtype=torch.uint8, device="cuda") for _ in range(count)]
-    return lambda turn: buffers[(2 * turn + 1) % count].copy_(buffers[2 * turn % count])
+def copy_of(size: int, scratch: Tensor) -> Callable[[int], object]:
+    """A copy of `size` bytes from one half of `scratch` to the other, at another place each time.
+
+    More than a half holds is copied in pieces, so that the largest copies need no memory of their size.
+    """
+    source, target = scratch.chunk(2)
+    step = -(-size // 512) * 512  # aligned, as whole buffers are
+    places = max(1, len(source) // step)
+
+    def copy(turn: int) -> None:
+        start, left = turn % places * step, size
+        while left > 0:
+            piece = slice(start, start + min(left, len(source)))
+            target[piece].copy_(source[piece])
+            left -= len(source)
+
+    return copy
 
 
 def make_steps(requests: int, live: int) -> tuple[PagedCache, PagedCache, QueryWeights, list[LiveRegions]]:
@@ -306,12 +321,13 @@ def measure(requests: int, budget: int, repeats: int) -> dict[str, Any]:
     def compact(turn: int) -> None:
         with_triton.compact(keys, values, batches[turn % steps], fills[turn % steps])
 
+    scratch = torch.ones(2 * LARGE_COPY, dtype=torch.uint8, device="cuda")
     runs = {
         "score": score,
-        "copy_of_score_bytes": copy_of(key_bytes),
+        "copy_of_score_bytes": copy_of(key_bytes, scratch),
         "compact": compact,
-        "copy_of_moved_bytes": copy_of(round(moved)),
-        "large_copy": copy_of(4 << 30),
+        "copy_of_moved_bytes": copy_of(round(moved), scratch),
+        "large_copy": copy_of(LARGE_COPY, scratch),
         "plan": plan,
         "plan_per_layer": plan_per_layer,
     }
@@ -320,7 +336,7 @@ def measure(requests: int, budget: int, repeats: int) -> dict[str, Any]:
     seconds = gpu_seconds(runs, repeats)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     # Bytes that cross the memory bus in a second: a copy reads each and writes each.
-    bandwidth = 2 * (4 << 30) / median["large_copy"]
+    bandwidth = 2 * LARGE_COPY / median["large_copy"]
     written = key_bytes / (2 * HEAD_DIM) * 4
     decode_step = (WEIGHT_BYTES + requests * live * LAYERS * KV_HEADS * HEAD_DIM * 4) / bandwidth
     compaction = median["score"] + median["plan"] + median["compact"]
@@ -379,25 +395,25 @@ def main() -> None:
     worst = max(case["worst_score_error"] for case in checked if "worst_score_error" in case)
     print(f"{sum(case['passed'] for case in checked)} of {len(checked)} checks passed; worst score error {worst:.1e}")
 
-    repeats = 9 if arguments.quick else 25
-    rows = []
-    for requests in (1, 16) if arguments.quick else (1, 16, 64):
-        for budget in (1024, 2048):
-            rows.append(measure(requests, budget, repeats))
-            torch.cuda.empty_cache()
-    tilings = [tiling_times(requests, 2048, 5 if arguments.quick else 11) for requests in (1, 16)]
-
-    report = {
+    report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "checks": checked,
-        "rows": rows,
-        "tilings": tilings,
+        "rows": [],
+        "tilings": [],
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+    repeats = 9 if arguments.quick else 25
+    for requests in (1, 16) if arguments.quick else (1, 16, 64):
+        for budget in (1024, 2048):
+            report["rows"].append(measure(requests, budget, repeats))
+            torch.cuda.empty_cache()
+    report["tilings"] = [tiling_times(requests, 2048, 5 if arguments.quick else 11) for requests in (1, 16)]
     arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     print_table(report)
     if not all(case["passed"] for case in checked):

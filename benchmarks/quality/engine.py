@@ -102,10 +102,12 @@ def run(
             for request, blocks in scheduler.held_blocks().items():
                 peaks[request] = max(peaks[request], blocks)
             for output in outputs:
-                problem, answer = waiting.pop(output.request_id), output.outputs[0].token_ids
-                correct = problem.is_correct(tokenizer.decode(answer, skip_special_tokens=True))
+                problem, reply = waiting.pop(output.request_id), output.outputs[0]
+                answer = tokenizer.decode(reply.token_ids, skip_special_tokens=True)
+                # What a reply that was cut off says last is a thought on its way, not the answer.
+                correct = reply.finish_reason == "stop" and problem.is_correct(answer)
                 peak = max(blocks for request, blocks in peaks.items() if _is(request, output.request_id))
-                replies[int(output.request_id)] = Reply(problem, correct, len(answer), peak)
+                replies[int(output.request_id)] = Reply(problem, correct, len(reply.token_ids), peak)
                 on_done(correct)
         seconds = time.monotonic() - began
         managers = scheduler.compacted

@@ -58,6 +58,20 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     backend = AttentionBackendEnum.TRITON_ATTN
     CpuPlatform.get_attn_backend_cls = classmethod(lambda *_, **__: backend.get_path())
 
+    launched = set()
+
+    def noting(name: str) -> Any:
+        kernel = getattr(with_triton, name)
+
+        def launch(*arguments: Any) -> Any:
+            launched.add(name)
+            return kernel(*arguments)
+
+        return launch
+
+    for name in ("score", "plan", "compact", "squeeze"):
+        setattr(with_triton, name, noting(name))
+
     addresses = set()
     build = CompactedTritonMetadataBuilder.build
 
@@ -82,6 +96,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
             llm = LLM(job["model"], **settings, **arguments)
     else:
         llm = LLM(job["model"], **settings, **arguments)
+    warmed_up = sorted(launched)
     core = llm.llm_engine.engine_core.engine_core
     scheduler, worker = core.scheduler, core.model_executor.driver_worker.worker
     if job["warm_up"]:
@@ -102,6 +117,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         "builder": type(worker.model_runner.attn_groups[0][0].metadata_builders[0]).__name__,
         "block_tables": type(worker.block_tables).__name__,
         "addresses": len(addresses),
+        "warmed_up": warmed_up,
         "compacted_requests": sorted(worker.compacted_requests),
     }
 

@@ -43,7 +43,9 @@ class DenseReference:
         self.query_mean = torch.view_as_complex(numbers["query_mean"].double())  # [layers, q_heads, bands]
         self.query_magnitude = numbers["query_magnitude"].double()
 
-    def _attention(self, module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, **_):  # type: ignore[no-untyped-def]
+    def _attention(
+        self, module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_
+    ):  # type: ignore[no-untyped-def]
         queries, tokens = query.shape[2], key.shape[2]
         key, value = self.stored(key), self.stored(value)
         distance = torch.arange(tokens - queries, tokens)[:, None] - torch.arange(tokens)
@@ -54,7 +56,10 @@ class DenseReference:
         logits = query @ key.transpose(-1, -2) * scaling
         if softcap is not None:
             logits = (logits / softcap).tanh() * softcap
-        weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+        logits = logits.masked_fill(~mask, -torch.inf)
+        if s_aux is not None:  # a sink per head takes its share of the softmax and has no value
+            logits = torch.cat((logits, s_aux[None, :, None, None].expand(*logits.shape[:3], 1)), dim=-1)
+        weights = logits.softmax(-1)[..., :tokens]
         return (weights @ value).transpose(1, 2).contiguous(), None
 
     def scores(

@@ -58,3 +58,15 @@ def test_an_order_waits_for_one_that_reads_what_it_writes_into() -> None:
     assert list(independent(SHARING)) == [[a], [b, c]]
     assert list(independent([b, a, c])) == [[b, a, c]]
     assert list(independent([])) == []
+
+
+@pytest.mark.parametrize("segments", [1, 4])
+def test_a_warm_up_writes_into_the_null_block_alone_and_leaves_nothing_behind(segments: int) -> None:
+    config = CompressionConfig(budget=40, interval=24, window=4, policy="random", segments=segments)
+    before = torch.randn((3, 5, BLOCK, 2, 128))
+    memory = before.clone()
+    compactor = Compactor(config, *caches(memory), FirstNumber())
+    compactor.warm_up()
+    assert torch.equal(memory[:, 1:], before[:, 1:])
+    assert not torch.equal(memory[:, 0], before[:, 0]), "no survivor moved, so not every kernel was launched"
+    assert compactor.quota is None or not compactor.quota._live

@@ -1,10 +1,12 @@
 """`trifleet evaluate`'s engine: it wants KV memory for the problems, not for the model's whole context."""
 
+from dataclasses import replace
+
 import pytest
 
 import bundled
 from benchmarks.quality.engine import run
-from benchmarks.quality.problems import Problem
+from benchmarks.quality.problems import Problem, held_out
 
 KV_BYTES = 8 << 20
 """Of the bundled model's context, 32,768 tokens, it holds a small part."""
@@ -16,7 +18,14 @@ def problem(max_tokens: int) -> Problem:
 
 def test_a_model_of_a_long_context_answers_short_problems_in_little_kv_memory() -> None:
     replies = run(bundled.MODEL, None, [problem(max_tokens=8)], 1, KV_BYTES).replies
-    assert [reply.correct for reply in replies] == [True]
+    assert [reply.tokens for reply in replies] == [8]
+
+
+def test_a_reply_that_is_cut_off_is_wrong_whatever_stands_in_it() -> None:
+    whole = held_out("needle", 1, 100, 200)[0]
+    cut = replace(whole, max_tokens=30, is_correct=lambda reply: True)
+    replies = run(bundled.MODEL, None, [whole, cut], 2, KV_BYTES).replies
+    assert [reply.correct for reply in replies] == [True, False]
 
 
 def test_memory_that_does_not_hold_the_longest_problem_is_refused_by_its_options_name() -> None:

@@ -73,4 +73,5 @@ def test_greedy_tokens_equal_the_reference(
     assert result["free_blocks"] == result["total_blocks"]
     assert result["builder"] == "CompactedTritonMetadataBuilder"
     assert result["block_tables"] == f"{runner}BlockTables"
+    assert result["warmed_up"] == ["compact", "plan", "score", "squeeze"], "a step would stop to compile the others"
     assert result["addresses"] == 1, "a captured CUDA graph would read an old block table"

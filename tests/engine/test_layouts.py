@@ -1,12 +1,16 @@
-"""Token-wise access to vLLM's CPU key and value layouts, checked against vLLM's own store kernel."""
+"""Token-wise access to vLLM's key and value layouts, checked against vLLM's own store kernels."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm import _custom_ops as ops
 
+from tests.engine.interpreted_store import store
+from tests.unit.interpreted import interpreter
 from triattention import kernels
 from triattention.kernels import HoleFills, LiveRegion, LiveRegions, PagedCache
-from triattention.vllm.layout import CPU_LAYOUTS, FP8, Layout, as_numbers, split_cpu_cache
+from triattention.vllm.layout import CPU_LAYOUTS, FP8, Layout, as_numbers, gpu_caches, split_cpu_cache
 
 HAS_AVX512, HAS_AMX = torch.cpu._is_avx512_supported(), torch.cpu._is_amx_tile_supported()
 
@@ -48,3 +52,18 @@ def test_gather_reads_what_vllm_stored_and_compaction_moves_whole_tokens(
         expected = expected.clone()
         expected[head, target] = expected[head, source]
         assert torch.equal(cache_part.gather(block_ids, 2 * block)[0].float(), expected)
+
+
+def test_a_gpus_cache_reads_what_vllm_stored() -> None:
+    """vLLM's Triton kernel stores every kind of fp8 in one dtype there, whatever its name says."""
+    heads, block, dim = 2, 16, 32
+    # Numbers that the cache holds exactly: Triton's interpreter does not always round to nearest.
+    keys, values = (torch.randn(2 * block, heads, dim).to(torch.float8_e4m3fn).float() for _ in range(2))
+    with interpreter() as interpret:
+        for dtype in ("auto", *FP8):
+            stored = torch.uint8 if dtype in FP8 else torch.float32
+            cache = interpret(store, keys, values, torch.zeros((3, heads, block, 2 * dim), dtype=stored), dtype)
+            layer = SimpleNamespace(kv_cache=cache, kv_cache_dtype=dtype, head_size=dim, layer_name="layer")
+            for part, expected in zip(gpu_caches([layer]), (keys, values), strict=True):  # type: ignore[list-item]
+                read = part.gather(torch.tensor([0, 1]), 2 * block)[0].float().transpose(0, 1)
+                assert torch.equal(read, expected), dtype

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import Gemma2Config
 from vllm import LLM, SamplingParams
-from vllm.v1.request import Request
+from vllm.config import ModelConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.request import Request, RequestStatus
 
 from tests.engine.conftest import SIZES, VOCABULARY, EngineFactory, save_tiny_model
 from tests.engine.test_exactness import assert_pool_whole, scheduler_of
@@ -144,4 +146,26 @@ def test_a_prompt_that_is_streamed_in_pieces_is_refused(engine: EngineFactory, m
     assert [(output.request_id, str(output.finish_reason)) for output in outputs[0].outputs] == [("s", "error")]
     assert "its prompt is streamed in pieces (resumable is True)" in said[0]
     core.step()
+    assert_pool_whole(llm)
+
+
+def test_an_image_that_shifts_the_positions_after_it_is_refused(
+    engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = engine(CONFIG, blocks=41)
+    scheduler, said = scheduler_of(llm), []
+    monkeypatch.setattr("triattention.vllm.scheduler.logger.error", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(ModelConfig, "uses_mrope", True)
+    sampling = SamplingParams(temperature=0, max_tokens=20)
+    sampling.update_from_generation_config({}, None)
+    image = MultiModalFeatureSpec(None, "image", "a picture", PlaceholderRange(offset=4, length=16))
+    scheduler.add_request(Request("text", tokens(40), sampling, None))
+    scheduler.add_request(Request("image", tokens(40), sampling, None, mm_features=[image]))
+    assert [request.request_id for request in scheduler.refused] == ["image"]
+    assert said == [
+        "Request image is refused: its image, video or audio shifts the positions of the tokens after it (M-RoPE), but "
+        "KV compression scores keys from positions that count tokens; send text alone, or serve the model without the "
+        "triattention settings."
+    ]
+    scheduler.finish_requests(["text", "image"], RequestStatus.FINISHED_ABORTED)
     assert_pool_whole(llm)

@@ -36,6 +36,10 @@ MATRIX: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, group 2, head 64": ("Mistral", {"head_dim": 64, "sliding_window": None}),
     "phi3, partial rotary": ("Phi3", {"hidden_size": 256, "rope_parameters": HALF_ROTARY}),
     "gemma2, sliding and full layers": ("Gemma2", HYBRID),
+    "gpt-oss, attention sinks, sliding and full layers": (
+        "GptOss", {
+            "num_hidden_layers": 4, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
     "gemma2, full layers first": ("Gemma2", HYBRID | {"layer_types": ["full_attention", "sliding_attention"] * 2}),
 }  # fmt: skip
 

@@ -58,6 +58,7 @@ SURFACE: list[tuple[Callable[..., Any], list[str]]] = [
     (TritonAttentionMetadataBuilder.build, ["common_prefix_len", "common_attn_metadata", "fast_build"]),
     (Worker.get_kv_cache_spec, []),
     (Worker.initialize_from_config, ["kv_cache_config"]),
+    (Worker.compile_or_warm_up_model, []),
     (Worker.execute_model, ["scheduler_output"]),
     (Worker.sample_tokens, ["grammar_output"]),
     (StagedWriteTensor.stage_write, ["index", "start", "x"]),

@@ -11,6 +11,8 @@ from transformers import (
     Gemma3TextConfig,
     GlmConfig,
     GPTJConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -30,6 +32,7 @@ LLAMA3 = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+NO_GROUPS = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
 
 CONFIGS = {
     "llama": llama(),
@@ -42,6 +45,8 @@ CONFIGS = {
     "phi3 partial rotary": Phi3Config(**SIZES, rope_parameters=PARTIAL),
     "glm interleaved partial rotary": GlmConfig(**SIZES, head_dim=16, rope_parameters=PARTIAL),
     "cohere interleaved": CohereConfig(**SIZES),
+    "gpt-oss, tables of half a head": GptOssConfig(**SIZES, head_dim=16, num_local_experts=2, num_experts_per_tok=1),
+    "gpt-neox partial rotary": GPTNeoXConfig(**NO_GROUPS),
 }
 
 

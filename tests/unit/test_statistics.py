@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import FalconConfig, GPTNeoXConfig, PersimmonConfig, PreTrainedConfig
 
 from tests.unit.tiny_models import llama, qwen3, random_statistics, yarn
 from triattention.statistics import QueryStatistics
@@ -47,6 +48,24 @@ def test_refuses_a_model_that_differs_and_names_the_difference(
     random_statistics(qwen3()).save(path)
     with pytest.raises(ValueError, match=f"{named}.*trifleet calibrate"):
         QueryStatistics.load(path, qwen3(**changes))
+
+
+OLD = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "kv_heads"),
+    [
+        (qwen3(), 2),
+        (GPTNeoXConfig(**OLD), 4),
+        (PersimmonConfig(**OLD), 4),
+        (FalconConfig(**OLD), 1),
+        (FalconConfig(**OLD, multi_query=False), 4),
+        (FalconConfig(**OLD, new_decoder_architecture=True, num_kv_heads=2), 2),
+    ],
+)
+def test_knows_the_kv_heads_of_models_that_name_them_otherwise_or_not(config: PreTrainedConfig, kv_heads: int) -> None:
+    assert random_statistics(config).kv_heads == kv_heads
 
 
 def test_refuses_another_architecture_of_the_same_shape(path: Path) -> None:

@@ -19,4 +19,4 @@ class KeyNorm(Policy):
         pass
 
     def score(self, keys: torch.Tensor, position: int) -> torch.Tensor:
-        return standardise(-torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32))
+        return standardise(-keys.float().norm(dim=-1))

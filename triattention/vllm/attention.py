@@ -57,6 +57,12 @@ class SqueezingBuilder(AttentionMetadataBuilder[Any]):
             self.block_table = torch.zeros((rows, block_table_width), dtype=torch.int32, device=device)
             self.live_lengths = torch.zeros(rows, dtype=torch.int32, device=device)
 
+    def warm_up(self) -> None:
+        """Compile what squeezes rows, on the empty ones of its buffers."""
+        if self.squeezes:
+            table, lengths = self.block_table, self.live_lengths
+            kernels.squeeze(table, lengths, self.kv_cache_spec.block_size, table, lengths)
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:

@@ -12,6 +12,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from triattention import kernels
+from triattention.bounds import cdiv
 from triattention.config import CompressionConfig
 from triattention.kernels import LiveRegion, LiveRegions, PagedCache
 from triattention.policies import Policy, PolicyContext
@@ -44,6 +45,25 @@ class Compactor:
                 for request, order in enumerate(batch):
                     mine = regions.fill_slice(request)
                     self.quota.moved(order.request_id, fills.source[..., mine], fills.target[..., mine])
+
+    def warm_up(self) -> None:
+        """Compile all that an order launches, by one of the usual size that reads and writes the null block alone.
+
+        Whatever stands there nobody attends to.
+        """
+        size = self.keys.block_size
+        dead, live = cdiv(self.config.interval, size), cdiv(self.config.budget, size)
+        order = CompactionOrder(
+            request_id="warm-up",
+            group=0,
+            processed_tokens=(dead + live) * size,
+            first_dead_block=0,
+            first_live_block=dead,
+            block_ids=(0,) * (dead + live),
+        )
+        self.carry_out([order])
+        if self.quota is not None:
+            self.quota.forget([order.request_id])
 
     def _steer(self, scores: torch.Tensor, order: CompactionOrder) -> None:
         """One request's scores [layers, kv_heads, tokens]: what must stay at inf; with a quota, what goes at -inf."""

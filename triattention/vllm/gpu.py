@@ -7,11 +7,13 @@ addresses of its own, which every step refills (`SqueezingBuilder`); compactions
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from triattention.kernels import PagedCache
 from triattention.vllm.attention import SqueezingBuilder
@@ -44,6 +46,19 @@ class GPUCompactionWorker(CompactingWorker, Worker):
         AttentionBackendEnum.FLASH_ATTN: CompactedFlashAttentionBackend,
         AttentionBackendEnum.TRITON_ATTN: CompactedTritonAttentionBackend,
     }
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        for group, compactor in self.compactors.items():
+            compactor.warm_up()
+            for attention in self.model_runner.attn_groups[group]:
+                for builder in attention.metadata_builders:
+                    builder.warm_up()
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Our kernels first: vLLM then watches for what is compiled while it serves (`vllm.utils.jit_monitor`)."""
+        self._warm_up()
+        return super().compile_or_warm_up_model()
 
     def caches_of(self, layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
         return gpu_caches(layers)

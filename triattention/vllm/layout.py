@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 
 from triattention.kernels import PagedCache
 
@@ -18,7 +19,7 @@ View = Callable[[torch.Tensor], torch.Tensor]
 """[blocks, kv_heads, block_size, head_dim] storage -> [blocks, kv_heads, t1, t2, d1, d2] view."""
 
 FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-"""What the bytes of a quantised cache are. Scales are one number per layer or head: they cancel in z-scores."""
+"""What the bytes of a CPU's quantised cache are. Scales are one number per layer or head: they cancel in z-scores."""
 
 _DIGIT = 8
 """A probe writes numbers in base 8: 0 to 7 are exact in every float dtype, fp8 included."""
@@ -72,9 +73,11 @@ def cpu_caches(layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
 def gpu_caches(layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
     """Keys and values of layers of the FlashAttention and Triton backends: halves of the last dimension.
 
-    Both split `[blocks, kv_heads, block_size, 2 * head_dim]` so, whatever `KVCacheLayout` its strides follow.
+    Both split `[blocks, kv_heads, block_size, 2 * head_dim]` so, whatever `KVCacheLayout` its strides follow, and store
+    every kind of fp8 in the platform's own, fp8_e5m2 too.
     """
-    caches = [as_numbers(layer.kv_cache, layer.kv_cache_dtype) for layer in layers]
+    fp8 = current_platform.fp8_dtype()
+    caches = [layer.kv_cache.view(fp8) if layer.kv_cache_dtype in FP8 else layer.kv_cache for layer in layers]
     for layer, cache in zip(layers, caches, strict=True):
         if cache.shape[-1] != 2 * layer.head_size:
             raise ValueError(
@@ -87,7 +90,7 @@ def gpu_caches(layers: Sequence[Attention]) -> tuple[PagedCache, PagedCache]:
 
 
 def as_numbers(cache: torch.Tensor, kv_cache_dtype: str) -> torch.Tensor:
-    """vLLM holds fp8 as bytes."""
+    """A CPU's cache: vLLM holds fp8 as bytes."""
     return cache.view(FP8[kv_cache_dtype]) if kv_cache_dtype in FP8 else cache
 
 

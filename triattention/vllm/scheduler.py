@@ -116,6 +116,12 @@ class CompactionScheduler(AsyncScheduler):
                 "its prompt is streamed in pieces (resumable is True), but KV compression pins a prompt that is "
                 "whole; send it in one piece, or serve the model without the triattention settings."
             )
+        if request.mm_features and self.vllm_config.model_config.uses_mrope:
+            return (
+                "its image, video or audio shifts the positions of the tokens after it (M-RoPE), but KV compression "
+                "scores keys from positions that count tokens; send text alone, or serve the model without the "
+                "triattention settings."
+            )
         needed = self.pool.bound_if_preempted(request)
         if needed <= self.total_blocks:
             return None

@@ -17,7 +17,7 @@ INTEGERS = {1: tl.uint8, 2: tl.int16, 4: tl.int32}
 # What changes from launch to launch must not be part of what is compiled: an engine would stop for seconds when a
 # step brings a number that divides by 16 for the first time.
 per_launch = triton.jit(
-    do_not_specialize=["total_tokens", "total_fills", "first_layer", "layer_stride", "window"],
+    do_not_specialize=["total_tokens", "total_fills", "first_layer", "layer_stride", "row_stride", "window"],
     do_not_specialize_on_alignment=[
         "block_ids", "requests", "tiles", "rotations", "scores", "source", "target", "block_table", "lengths",
     ],
