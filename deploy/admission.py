@@ -53,7 +53,9 @@ class Admission:
             settings.watermark_blocks,
             settings.growth_quantile,
         )
-        self._queue = Queue()
+        # A class of its own virtual time each: the classes do not wait for each other.
+        self._shares = {SHORT: Shares(), LONG: Shares()}
+        self._queue = Queue(self._shares)
         self._displaced: list[Refusal] = []
         """Of those who had to leave a full queue, until the next `tick` tells them."""
         self._turnstile = Turnstile()
@@ -64,8 +66,6 @@ class Admission:
         self._placements: dict[str, Counter[str]] = {}
         self._counts = {tier: TierCounts() for tier in self._tiers}
         self._usage = UsageBook()
-        # A class of its own virtual time each: the classes do not wait for each other.
-        self._shares = {SHORT: Shares(), LONG: Shares()}
         self._prefixes = PrefixIndex()
         self._retries = 0
 
@@ -191,6 +191,8 @@ class Admission:
             for reservation in [r for r in self._unsettled() if r not in self._ledger and r not in self._queue]:
                 # Nobody told what it took: its replica died, or it never got there.
                 self._settle(reservation, 0.0)
+        self._advance(now)
+        self._queue.age()
         decisions: list[Decision] = [*self._displaced, *self._serve(now)]
         self._displaced.clear()
         deadline = self._settings.queue_deadline_seconds
@@ -345,22 +347,25 @@ class Admission:
         kind = SHORT if is_short else LONG
         blocks = min((blocks_needed(demand, kind) for kind, _ in self._ledger.table.largest), default=0)
         tier, step = self._tiers[demand.tier], self._settings.aging_seconds
-        first = self._queue.first(kind)
-        shares = self._shares[kind]
-        shares.advance(now, None if first is None else first.begin)
+        self._advance(now)
         flow = (demand.tenant, demand.priority)
-        start = shares.charge(demand.reservation, flow, tier.share, blocks, self._capacity())
-        begin = start + demand.priority * step
+        start = self._shares[kind].charge(demand.reservation, flow, tier.share, blocks, self._capacity())
+        target = tier.first_token_target_seconds or step
         waiting = Waiting(
             demand=demand,
             since=now,
             kind=kind,
-            begin=begin,
-            rank=begin + (tier.first_token_target_seconds or step),
+            start=start,
+            lead=step - target - demand.priority * step,
             blocks=blocks,
         )
         self._queue.add(waiting)
         return waiting
+
+    def _advance(self, now: float) -> None:
+        for kind, shares in self._shares.items():
+            first = self._queue.first(kind)
+            shares.advance(now, None if first is None else first.start)
 
     def _leave(self, waiting: Waiting) -> None:
         """Out of the queue without a place."""

@@ -166,6 +166,7 @@ def test_waiting_makes_up_for_priority():
     core.observe(report(free=0), 0)
     core.submit(long_request("batch", priority=1), 0)
     core.submit(long_request("urgent"), 11)
+    core.tick(11)
     assert free_forty(core, 2, 12) == ["batch"]
 
 
