@@ -113,12 +113,16 @@ class Queue:
         return next(self.of(kind), None)
 
     def last(self) -> Waiting:
-        """Who is due last, whatever its class; somebody waits. Of several the one that came last."""
+        """Who is due last, whatever its class; somebody waits. Of several the one that came last.
+
+        The classes have a virtual time each, and one of them may be far behind: what counts is how far ahead of its
+        own a request is.
+        """
         ends: list[tuple[float, float, Waiting]] = []
-        for lines in self._lines.values():
+        for kind, lines in self._lines.items():
             for line in lines.values():
                 due, since = line.place(-1)
-                ends.append((due, since, line.waiting[-1]))
+                ends.append((due - self._shares[kind].virtual, since, line.waiting[-1]))
         return max(ends, key=lambda end: end[:2])[2]
 
     def add(self, waiting: Waiting) -> None:
