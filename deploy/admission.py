@@ -396,8 +396,7 @@ class Admission:
         limit = self._tiers[demand.tier].concurrent_requests
         if limit is None:
             return False
-        charges = (charge for shares in self._shares.values() for charge in shares.charges.items())
-        mine = [reservation for reservation, charge in charges if charge.flow[0] == demand.tenant]
+        mine = [r for shares in self._shares.values() for r in shares.of_tenant.get(demand.tenant, ())]
         return sum(reservation in self._ledger or reservation in self._queue for reservation in mine) >= limit
 
     def _refuse_if_too_many(self, demand: Demand) -> Refusal | None:

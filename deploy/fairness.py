@@ -52,6 +52,8 @@ class Shares:
     def __init__(self) -> None:
         self.charges: dict[str, _Charge] = {}
         """By reservation, until settled."""
+        self.of_tenant: dict[str, set[str]] = {}
+        """Tenant -> its reservations of `charges`."""
         self.virtual = 0.0
         self._clock: float | None = None
         self._past: deque[tuple[float, float]] = deque(maxlen=_MEMORIES)
@@ -69,6 +71,7 @@ class Shares:
         expected = bound_blocks * self._of_flow.get(flow, self._seconds_per_block)
         self._paid_until[flow] = start + _fleet_seconds(expected, share, capacity)
         self.charges[reservation] = _Charge(flow, share, start, bound_blocks, expected)
+        self.of_tenant.setdefault(flow[0], set()).add(reservation)
         return start
 
     def settle(self, reservation: str, block_seconds: float, capacity: int) -> None:
@@ -79,6 +82,10 @@ class Shares:
         charge = self.charges.pop(reservation, None)
         if charge is None:
             return
+        tenant = charge.flow[0]
+        self.of_tenant[tenant].remove(reservation)
+        if not self.of_tenant[tenant]:
+            del self.of_tenant[tenant]
         difference = _fleet_seconds(block_seconds - charge.block_seconds, charge.share, capacity)
         if charge.flow in self._paid_until:
             self._paid_until[charge.flow] += difference

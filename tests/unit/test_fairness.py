@@ -197,3 +197,15 @@ def test_flows_that_owe_nothing_are_forgotten():
         fair.charge(f"r{number}", (f"tenant {number}", 0), 1, 1, 100)
     fair.advance(1000, None)
     assert fair._paid_until == {}
+
+
+def test_a_tenants_requests_are_known_until_each_is_settled():
+    fair = Shares()
+    fair.advance(0, None)
+    for number in range(4):
+        fair.charge(f"r{number}", (f"tenant {number % 2}", 0), 1, 1, 100)
+    fair.settle("r0", 1, 100)
+    assert fair.of_tenant == {"tenant 0": {"r2"}, "tenant 1": {"r1", "r3"}}
+    for number in range(4):
+        fair.settle(f"r{number}", 1, 100)
+    assert fair.of_tenant == {}
