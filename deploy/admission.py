@@ -138,6 +138,7 @@ class Admission:
         The replica gets nothing until it reports again: it may be dead or only have lost a connection.
         """
         self._retries += 1
+        demand = replace(demand, former=reservation)
         replica = self._ledger.replica_of(reservation)
         if replica is None:
             return demand
@@ -278,7 +279,8 @@ class Admission:
             return None
         fits &= self._ledger.fresh(now, rows) & claimed.open()
         first_row = rows.start or 0
-        avoided = waiting.demand.avoid if now - waiting.since < AVOID_SECONDS else None
+        began = waiting.since + waiting.demand.waited
+        avoided = waiting.demand.avoid if now - began < AVOID_SECONDS else None
         for barred in (closed, table.row_of.get(avoided or "")):
             if barred is not None and 0 <= barred - first_row < len(fits):
                 fits[barred - first_row] = False
@@ -349,12 +351,16 @@ class Admission:
         blocks = min((blocks_needed(demand, kind) for kind, _ in self._ledger.table.largest), default=0)
         tier, step = self._tiers[demand.tier], self._settings.aging_seconds
         self._advance(now)
-        flow = (demand.tenant, demand.priority)
-        start = self._shares[kind].charge(demand.reservation, flow, tier.share, blocks, self._capacity())
+        start = None
+        if demand.former is not None:
+            start = self._shares[kind].charge_again(demand.reservation, demand.former)
+        if start is None:
+            flow = (demand.tenant, demand.priority)
+            start = self._shares[kind].charge(demand.reservation, flow, tier.share, blocks, self._capacity())
         target = tier.first_token_target_seconds or step
         waiting = Waiting(
             demand=demand,
-            since=now,
+            since=now - demand.waited,
             kind=kind,
             start=start,
             lead=step - target - demand.priority * step,

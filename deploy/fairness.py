@@ -74,6 +74,18 @@ class Shares:
         self.of_tenant.setdefault(flow[0], set()).add(reservation)
         return start
 
+    def charge_again(self, reservation: str, former: str) -> float | None:
+        """The request that was booked as `former` goes on under another reservation: when its turn began. None where
+        there is no charge, or no longer."""
+        charge = self.charges.pop(former, None)
+        if charge is None:
+            return None
+        self.charges[reservation] = charge
+        mine = self.of_tenant[charge.flow[0]]
+        mine.remove(former)
+        mine.add(reservation)
+        return charge.start
+
     def settle(self, reservation: str, block_seconds: float, capacity: int) -> None:
         """The request has ended and took so much: correct its flow, and what is expected of the next ones.
 

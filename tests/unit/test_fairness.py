@@ -209,3 +209,16 @@ def test_a_tenants_requests_are_known_until_each_is_settled():
     for number in range(4):
         fair.settle(f"r{number}", 1, 100)
     assert fair.of_tenant == {}
+
+
+def test_a_request_that_goes_on_under_another_reservation_is_charged_once():
+    fair = Shares()
+    fair.advance(0, None)
+    start = fair.charge("first", ("a", 0), 1, 10, 10)
+    assert fair.charge_again("again", "first") == start
+    assert fair.charge_again("more", "first") is None
+    assert fair.of_tenant == {"a": {"again"}}
+    fair.settle("first", 100, 10)
+    fair.settle("again", 100, 10)
+    assert fair.charge("next", ("a", 0), 1, 10, 10) == pytest.approx(start + 10)
+    assert fair.charges.keys() == {"next"}
