@@ -32,7 +32,7 @@ class Waiting:
     """When its turn begins in its tenant's share: virtual time of its class."""
     lead: float
     """It counts as one that came so many seconds earlier. A low priority has a negative lead, which delays a request
-    but never starves it: those that come so much later are behind it. As in vLLM, a lower number is handled earlier."""
+    and no more: those that come so much later are behind it. As in vLLM, a lower number is handled earlier."""
     blocks: int
     """The least it needs on any known replica; 0 while none is known."""
     _needs: tuple[int, ...] = ()
@@ -87,7 +87,9 @@ class Queue:
         """One class. The one met last may be removed meanwhile; nothing is copied, as the first few mostly suffice."""
         reached = [(line, 0) for line in self._lines[kind].values()]
         while reached:
-            first = min(range(len(reached)), key=lambda i: reached[i][0].place(reached[i][1]))
+            first = 0
+            if len(reached) > 1:
+                first = min(range(len(reached)), key=lambda i: reached[i][0].place(reached[i][1]))
             line, position = reached[first]
             waiting = line.waiting[position]
             yield waiting
