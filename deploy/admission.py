@@ -53,7 +53,9 @@ class Admission:
             settings.watermark_blocks,
             settings.growth_quantile,
         )
-        self._queue = Queue()
+        # A class of its own virtual time each: the classes do not wait for each other.
+        self._shares = {SHORT: Shares(), LONG: Shares()}
+        self._queue = Queue(self._shares)
         self._displaced: list[Refusal] = []
         """Of those who had to leave a full queue, until the next `tick` tells them."""
         self._turnstile = Turnstile()
@@ -64,8 +66,6 @@ class Admission:
         self._placements: dict[str, Counter[str]] = {}
         self._counts = {tier: TierCounts() for tier in self._tiers}
         self._usage = UsageBook()
-        # A class of its own virtual time each: the classes do not wait for each other.
-        self._shares = {SHORT: Shares(), LONG: Shares()}
         self._prefixes = PrefixIndex()
         self._retries = 0
 
@@ -138,6 +138,7 @@ class Admission:
         The replica gets nothing until it reports again: it may be dead or only have lost a connection.
         """
         self._retries += 1
+        demand = replace(demand, former=reservation)
         replica = self._ledger.replica_of(reservation)
         if replica is None:
             return demand
@@ -165,6 +166,7 @@ class Admission:
         """The replica is gone: its bookings end, its series disappear, late reports of it are ignored."""
         self._ledger.remove(replica, now)
         self._placements.pop(replica, None)
+        self._usage.leave(replica)
         return self._serve(now)
 
     def report_age(self, replica: str, now: float) -> float:
@@ -191,6 +193,8 @@ class Admission:
             for reservation in [r for r in self._unsettled() if r not in self._ledger and r not in self._queue]:
                 # Nobody told what it took: its replica died, or it never got there.
                 self._settle(reservation, 0.0)
+        self._advance(now)
+        self._queue.age()
         decisions: list[Decision] = [*self._displaced, *self._serve(now)]
         self._displaced.clear()
         deadline = self._settings.queue_deadline_seconds
@@ -275,7 +279,8 @@ class Admission:
             return None
         fits &= self._ledger.fresh(now, rows) & claimed.open()
         first_row = rows.start or 0
-        avoided = waiting.demand.avoid if now - waiting.since < AVOID_SECONDS else None
+        began = waiting.since + waiting.demand.waited
+        avoided = waiting.demand.avoid if now - began < AVOID_SECONDS else None
         for barred in (closed, table.row_of.get(avoided or "")):
             if barred is not None and 0 <= barred - first_row < len(fits):
                 fits[barred - first_row] = False
@@ -345,22 +350,29 @@ class Admission:
         kind = SHORT if is_short else LONG
         blocks = min((blocks_needed(demand, kind) for kind, _ in self._ledger.table.largest), default=0)
         tier, step = self._tiers[demand.tier], self._settings.aging_seconds
-        first = self._queue.first(kind)
-        shares = self._shares[kind]
-        shares.advance(now, None if first is None else first.begin)
-        flow = (demand.tenant, demand.priority)
-        start = shares.charge(demand.reservation, flow, tier.share, blocks, self._capacity())
-        begin = start + demand.priority * step
+        self._advance(now)
+        start = None
+        if demand.former is not None:
+            start = self._shares[kind].charge_again(demand.reservation, demand.former)
+        if start is None:
+            flow = (demand.tenant, demand.priority)
+            start = self._shares[kind].charge(demand.reservation, flow, tier.share, blocks, self._capacity())
+        target = tier.first_token_target_seconds or step
         waiting = Waiting(
             demand=demand,
-            since=now,
+            since=now - demand.waited,
             kind=kind,
-            begin=begin,
-            rank=begin + (tier.first_token_target_seconds or step),
+            start=start,
+            lead=step - target - demand.priority * step,
             blocks=blocks,
         )
         self._queue.add(waiting)
         return waiting
+
+    def _advance(self, now: float) -> None:
+        for kind, shares in self._shares.items():
+            first = self._queue.first(kind)
+            shares.advance(now, None if first is None else first.start)
 
     def _leave(self, waiting: Waiting) -> None:
         """Out of the queue without a place."""
@@ -390,8 +402,7 @@ class Admission:
         limit = self._tiers[demand.tier].concurrent_requests
         if limit is None:
             return False
-        charges = (charge for shares in self._shares.values() for charge in shares.charges.items())
-        mine = [reservation for reservation, charge in charges if charge.flow[0] == demand.tenant]
+        mine = [r for shares in self._shares.values() for r in shares.of_tenant.get(demand.tenant, ())]
         return sum(reservation in self._ledger or reservation in self._queue for reservation in mine) >= limit
 
     def _refuse_if_too_many(self, demand: Demand) -> Refusal | None:

@@ -18,6 +18,7 @@ from deploy.admission import Admission
 from deploy.exposition import FleetCollector, as_json, render
 from deploy.listener import Calls, Listener
 from deploy.messages import CapacityReport, Decision, DecisionPair, Demand, FleetLoad, Placement
+from deploy.reachable import Reachable
 from deploy.settings import CoordinatorSettings
 from deploy.snapshot import FleetSnapshot
 from deploy.tiers import Tier
@@ -35,8 +36,6 @@ TICK_SECONDS = 0.1
 STOOD_STILL_SECONDS = 0.5
 # Serve replaces a replica that fails its health checks long before: one that is silent for so long is dead.
 GONE_AFTER_SECONDS = 120.0
-# Routers tell four times a second; one that is silent for so long has no say in where requests go.
-ROUTER_GONE_SECONDS = 3.0
 # The placement reason of requests that the router had to place while there was no coordinator.
 WITHOUT_COORDINATOR = "without_coordinator"
 
@@ -68,8 +67,7 @@ class Coordinator:
         self._refused_by_router: Counter[tuple[str, str]] = Counter()
         """By tier and reason."""
         self._placed_by_router: Counter[str] = Counter()
-        self._listed: dict[str, tuple[frozenset[str], float]] = {}
-        """By node: what its router last told, and when."""
+        self._reachable = Reachable()
 
     async def runs_with(
         self, settings: CoordinatorSettings, model: str, tiers: Mapping[str, Tier], wanted_replicas: int
@@ -84,7 +82,7 @@ class Coordinator:
                 "acquire": (tuple[Demand, str | None], self._acquire),
                 "report": (tuple[CapacityReport], self.report),
                 "release": (tuple[str], self.release),
-                "listed": (tuple[str, frozenset[str]], self.listed),
+                "listed": (tuple[str, frozenset[str] | None], self.listed),
                 "count_router": (tuple[dict[tuple[str, str], int], dict[str, int]], self.count_router),
                 "metrics": (tuple[()], self.metrics),
                 "status": (tuple[()], self.status),
@@ -141,13 +139,16 @@ class Coordinator:
         self._placed_by_router.update(placed)
         return True
 
-    async def listed(self, node: str, replicas: frozenset[str]) -> list[str]:
-        """The router of a node tells where requests reach a replica; it should ask those returned to report: they are
-        silent. Placed is only where all routers can send: each node's HAProxy learns of a replica by itself."""
+    async def listed(self, node: str, replicas: frozenset[str] | None) -> list[str] | None:
+        """The router of a node tells where requests reach a replica, or with None that this has not changed; it should
+        ask those returned to report: they are silent. Returns None where it has to tell anew: after a restart."""
         now = time.monotonic()
-        self._listed[node] = (replicas, now)
-        told = [names for names, at in self._listed.values() if now - at <= ROUTER_GONE_SECONDS]
-        self._deliver(self._admission.set_listed(frozenset.intersection(*told), now))
+        before = self._reachable.by_all
+        if not self._reachable.hear(node, replicas, now):
+            return None
+        by_all = self._reachable.by_all
+        if by_all is not None and by_all != before:
+            self._deliver(self._admission.set_listed(by_all, now))
         stale = self._admission.stale(now)
         self._probes += len(stale)
         return stale

@@ -5,14 +5,15 @@ replica a request that waits claims those with at least so many usable blocks, s
 """
 
 import bisect
-import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploy.demand import NEVER, blocks_wanted
+from deploy.fairness import Shares
 from deploy.messages import Demand
 from deploy.replica_table import ReplicaTable
 
@@ -27,17 +28,14 @@ class Waiting:
     since: float
     kind: str
     """SHORT or LONG."""
-    begin: float
-    """When its turn begins in its tenant's share. Every step of priority is worth `aging_seconds` of waiting, so that
-    a low priority delays a request but never starves it. As in vLLM, a lower number is handled earlier."""
-    rank: float
-    """When it is due: the lower, the earlier within its class."""
+    start: float
+    """When its turn begins in its tenant's share: virtual time of its class."""
+    lead: float
+    """It counts as one that came so many seconds earlier. A low priority has a negative lead, which delays a request
+    and no more: those that come so much later are behind it. As in vLLM, a lower number is handled earlier."""
     blocks: int
     """The least it needs on any known replica; 0 while none is known."""
     _needs: tuple[int, ...] = ()
-
-    def place(self) -> tuple[bool, float]:
-        return self.kind == LONG, self.rank
 
     def needs(self, table: ReplicaTable) -> tuple[int, ...]:
         """Blocks it needs on each of `table.kinds`; NEVER where the limits do not allow it."""
@@ -46,24 +44,40 @@ class Waiting:
         return self._needs
 
 
+@dataclass
+class _Line:
+    """Those of one class and one lead, by `start`."""
+
+    ahead: float
+    """What the lead is worth now, in virtual time. Of all alike, so that it changes nothing between tenants."""
+    waiting: list[Waiting]
+
+    def place(self, position: int) -> tuple[float, float]:
+        """When that one is due in its class: the lower, the earlier. By the clock while virtual time stands still."""
+        waiting = self.waiting[position]
+        return waiting.start - self.ahead, waiting.since - waiting.lead
+
+
 class Queue:
-    """Waiting requests, short ones first, each class by rank.
+    """Waiting requests, short ones first, each class by when they are due.
 
     A short request takes little and gives it back soon, so it costs the long ones next to nothing to let it pass,
     while it would wait for a multiple of its own time if blocks went to them first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shares: Mapping[str, Shares]) -> None:
+        """`shares`: the virtual time of each class."""
         self.blocks = 0
         """What they need together."""
-        self._ranked: list[Waiting] = []
+        self._shares = shares
+        self._lines: dict[str, dict[float, _Line]] = {SHORT: {}, LONG: {}}
+        """By class and lead; none is empty."""
         self._by_reservation: dict[str, Waiting] = {}
-        """In order of arrival."""
         self.lengths = {SHORT: 0, LONG: 0}
         """How many wait, by class."""
 
     def __len__(self) -> int:
-        return len(self._ranked)
+        return len(self._by_reservation)
 
     def __iter__(self) -> Iterator[Waiting]:
         for kind in (SHORT, LONG):
@@ -71,47 +85,83 @@ class Queue:
 
     def of(self, kind: str) -> Iterator[Waiting]:
         """One class. The one met last may be removed meanwhile; nothing is copied, as the first few mostly suffice."""
-        position = 0 if kind == SHORT else self.lengths[SHORT]
-        while position < len(self._ranked) and self._ranked[position].kind == kind:
-            waiting = self._ranked[position]
+        reached = [(line, 0) for line in self._lines[kind].values()]
+        while reached:
+            first = 0
+            if len(reached) > 1:
+                first = min(range(len(reached)), key=lambda i: reached[i][0].place(reached[i][1]))
+            line, position = reached[first]
+            waiting = line.waiting[position]
             yield waiting
-            if position < len(self._ranked) and self._ranked[position] is waiting:
+            if position < len(line.waiting) and line.waiting[position] is waiting:
                 position += 1
+            if position < len(line.waiting):
+                reached[first] = (line, position)
+            else:
+                del reached[first]
 
     def __contains__(self, reservation: str) -> bool:
         return reservation in self._by_reservation
 
     def since_before(self, moment: float) -> list[Waiting]:
         """Who has waited since then or longer."""
-        return list(itertools.takewhile(lambda waiting: waiting.since <= moment, self._by_reservation.values()))
+        return [waiting for waiting in self._by_reservation.values() if waiting.since <= moment]
 
     def get(self, reservation: str) -> Waiting | None:
         return self._by_reservation.get(reservation)
 
     def first(self, kind: str) -> Waiting | None:
         """The next of one class."""
-        position = 0 if kind == SHORT else self.lengths[SHORT]
-        return self._ranked[position] if self.lengths[kind] else None
+        return next(self.of(kind), None)
 
     def last(self) -> Waiting:
-        """Who is due last, whatever its class; somebody waits. Of several the one that came last."""
-        ends = {self.lengths[SHORT] - 1, len(self._ranked) - 1} - {-1}
-        return max((self._ranked[end] for end in sorted(ends, reverse=True)), key=lambda waiting: waiting.rank)
+        """Who is due last, whatever its class; somebody waits. Of several the one that came last.
+
+        The classes have a virtual time each, and one of them may be far behind: what counts is how far ahead of its
+        own a request is.
+        """
+        ends: list[tuple[float, float, Waiting]] = []
+        for kind, lines in self._lines.items():
+            for line in lines.values():
+                due, since = line.place(-1)
+                ends.append((due - self._shares[kind].virtual, since, line.waiting[-1]))
+        return max(ends, key=lambda end: end[:2])[2]
 
     def add(self, waiting: Waiting) -> None:
-        bisect.insort(self._ranked, waiting, key=Waiting.place)
+        lines = self._lines[waiting.kind]
+        if waiting.lead not in lines:
+            lines[waiting.lead] = _Line(self._ahead(waiting.kind, waiting.lead), [])
+        bisect.insort(lines[waiting.lead].waiting, waiting, key=_start)
         self._by_reservation[waiting.demand.reservation] = waiting
         self.blocks += waiting.blocks
         self.lengths[waiting.kind] += 1
 
     def remove(self, waiting: Waiting) -> None:
-        position = bisect.bisect_left(self._ranked, waiting.place(), key=Waiting.place)
-        while self._ranked[position] is not waiting:
+        lines = self._lines[waiting.kind]
+        line = lines[waiting.lead].waiting
+        position = bisect.bisect_left(line, waiting.start, key=_start)
+        while line[position] is not waiting:
             position += 1
-        del self._ranked[position]
+        del line[position]
+        if not line:
+            del lines[waiting.lead]
         del self._by_reservation[waiting.demand.reservation]
         self.blocks -= waiting.blocks
         self.lengths[waiting.kind] -= 1
+
+    def age(self) -> None:
+        """Leads are worth what has passed of virtual time lately: see what that is now."""
+        for kind, lines in self._lines.items():
+            for lead, line in lines.items():
+                line.ahead = self._ahead(kind, lead)
+
+    def _ahead(self, kind: str, lead: float) -> float:
+        """In virtual time. What comes will pass as what has passed, so a negative lead is worth as much."""
+        return lead and math.copysign(self._shares[kind].passed_in(abs(lead)), lead)
+
+
+def _start(waiting: Waiting) -> float:
+    return waiting.start
 
 
 class Claims:

@@ -237,6 +237,7 @@ class Router:
     async def _watch(self) -> None:
         """Tell the coordinator which replicas requests get to, and ask those for a report that it has not heard of."""
         admin_socket = haproxy_servers.admin_socket(self._node)
+        told: frozenset[str] | None = None
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             try:
@@ -248,7 +249,12 @@ class Router:
                 # None while HAProxy reads its first configuration: then it does not ask this router either.
                 if names:
                     reachable = frozenset(ReplicaID.from_full_id_str(name).unique_id for name in names)
-                    for replica in await self._ask(list[str], "listed", self._node, reachable) or ():
+                    # None: as told before. Not to be relied on until the coordinator says that it knows.
+                    news, told = None if reachable == told else reachable, None
+                    silent = await self._ask(list[str] | None, "listed", self._node, news)
+                    if silent is not None:
+                        told = reachable
+                    for replica in silent or ():
                         self._in_background(self._probe(replica))
             except OSError:
                 continue  # HAProxy starts anew

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from deploy.messages import CapacityReport, Pace, TierUsage
 
-# More than report at once: whoever is that long silent is gone.
-REMEMBERED_ENGINES = 20_000
+# Of so many engines that are gone it is known what each has used: of one that comes back after more, it counts twice.
+REMEMBERED_ENGINES = 1000
 
 
 class UsageBook:
@@ -13,25 +13,44 @@ class UsageBook:
     that is gone, too, and of one that counted as gone and comes back."""
 
     def __init__(self) -> None:
-        self._engines: dict[tuple[str, str], dict[str, TierUsage]] = {}
-        """(replica, epoch) -> its totals by tier, the last heard of last."""
+        self._engines: dict[str, tuple[str, Mapping[str, TierUsage]]] = {}
+        """Replica -> the epoch of its engine and the totals by tier."""
+        self._gone: dict[tuple[str, str], Mapping[str, TierUsage]] = {}
+        """The same of engines that are gone, by replica and epoch, the last gone last."""
         self._before: dict[str, TierUsage] = {}
-        """Of so many engines ago that none of them comes back."""
+        """Of those that were gone before."""
+        self._of_gone: dict[str, TierUsage] = {}
+        """Of both together: summed once, not whenever someone asks."""
 
     def observe(self, report: CapacityReport) -> None:
         """Take a report that the ledger has found to be newer than the last."""
-        engine = (report.replica, report.epoch)
-        self._engines.pop(engine, None)
-        self._engines[engine] = report.tiers
-        if len(self._engines) > REMEMBERED_ENGINES:
-            _add(self._before, self._engines.pop(next(iter(self._engines))))
+        epoch, _ = self._engines.get(report.replica, (report.epoch, {}))
+        if epoch != report.epoch:
+            self.leave(report.replica)
+        if self._gone.pop((report.replica, report.epoch), None) is not None:
+            self._of_gone = _total(self._before, *self._gone.values())
+        self._engines[report.replica] = (report.epoch, report.tiers)
+
+    def leave(self, replica: str) -> None:
+        """Its engine is gone; nothing happens where it has none."""
+        if replica not in self._engines:
+            return
+        epoch, tiers = self._engines.pop(replica)
+        self._gone[replica, epoch] = tiers
+        _add(self._of_gone, tiers)
+        if len(self._gone) > REMEMBERED_ENGINES:
+            _add(self._before, self._gone.pop(next(iter(self._gone))))
 
     def totals(self) -> dict[str, TierUsage]:
         """By tier, over all engines that ever reported."""
-        totals = dict(self._before)
-        for tiers in self._engines.values():
-            _add(totals, tiers)
-        return totals
+        return _total(self._of_gone, *(tiers for _, tiers in self._engines.values()))
+
+
+def _total(*engines: Mapping[str, TierUsage]) -> dict[str, TierUsage]:
+    totals: dict[str, TierUsage] = {}
+    for tiers in engines:
+        _add(totals, tiers)
+    return totals
 
 
 def _add(totals: dict[str, TierUsage], tiers: Mapping[str, TierUsage]) -> None:

@@ -1,9 +1,13 @@
 """How many requests a tenant has at once, and how many it began in the last minute. Plain code, clock passed in."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from replicas.headers import Answer
+
+_FORGET_SECONDS = 1.0
+"""How often the tenants are looked through."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,10 @@ class Turnstile:
 
     def __init__(self) -> None:
         self.inside: Counter[str] = Counter()
-        self._spent: dict[str, tuple[float, float]] = {}
-        """Tenant -> requests not yet paid back, and when that was true. A minute pays back requests_per_minute."""
+        self._spent: dict[str, tuple[float, float, float]] = {}
+        """Tenant -> requests not yet paid back, when that was true, and when all of them will be. A minute pays back
+        requests_per_minute."""
+        self._forgotten_at = -math.inf
 
     def enter(self, tenant: str, allowance: Allowance) -> Answer | None:
         """Let a request in, to be told by `leave`; or the answer that keeps it out."""
@@ -44,13 +50,14 @@ class Turnstile:
         limit = allowance.requests_per_minute
         if limit is None:
             return None
-        spent, since = self._spent.get(tenant, (0.0, now))
+        spent, since, _ = self._spent.get(tenant, (0.0, now, now))
         spent = max(0.0, spent - (now - since) * limit / 60)
         if spent + 1 > limit:
             wait = max(1, round((spent + 1 - limit) * 60 / limit + 0.5))
             message = f"This key may begin {limit} requests a minute (requests_per_minute of its tier): wait {wait} s."
             return Answer(429, "TooManyRequestsError", message, retry_after_seconds=wait)
-        self._spent[tenant] = (spent + 1, now)
-        if len(self._spent) > 1000:
-            self._spent = {name: (s, t) for name, (s, t) in self._spent.items() if s > (now - t) * limit / 60}
+        self._spent[tenant] = (spent + 1, now, now + (spent + 1) * 60 / limit)
+        if now - self._forgotten_at >= _FORGET_SECONDS:
+            self._forgotten_at = now
+            self._spent = {name: entry for name, entry in self._spent.items() if entry[2] > now}
         return None

@@ -166,6 +166,16 @@ async def test_the_router_learns_which_silent_replicas_to_probe() -> None:
     assert await coordinator.listed("n1", frozenset({"r1"})) == []
 
 
+async def test_a_router_that_tells_of_no_change_is_asked_for_its_replicas_by_a_coordinator_that_began_anew() -> None:
+    coordinator = Coordinator(SETTINGS, "m")
+    await coordinator.report(report(1, free=10))
+    assert await coordinator.listed("n1", None) is None
+    await coordinator.listed("n1", frozenset({"another"}))
+    assert await coordinator.listed("n1", None) == []
+    known = json.loads(await coordinator.status())["replicas"]
+    assert [replica["reachable"] for replica in known] == [False]
+
+
 async def test_a_replica_that_one_of_two_routers_cannot_reach_yet_gets_nothing() -> None:
     coordinator = Coordinator(SETTINGS, "m")
     await coordinator.report(report(1, free=10))

@@ -1,6 +1,7 @@
 """Who is let in, when and where; and each known way in which routers of this kind fail."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -166,7 +167,40 @@ def test_waiting_makes_up_for_priority():
     core.observe(report(free=0), 0)
     core.submit(long_request("batch", priority=1), 0)
     core.submit(long_request("urgent"), 11)
+    core.tick(11)
     assert free_forty(core, 2, 12) == ["batch"]
+
+
+def comes_back(core, now, failed):
+    """Placed as `early`, a moment before others of its tenant came; then it comes back."""
+    core.observe(report(free=40), 0)
+    placed_on(core.submit(long_request("early"), 0))
+    core.submit(long_request("later"), 1)
+    demand = replace(long_request("again"), waited=now)
+    if failed:
+        demand = core.failed("early", demand, now)
+    else:
+        core.release("early", now)
+        demand = replace(demand, former="early")
+    return core.submit(demand, now)
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_request_that_comes_back_keeps_its_place(failed):
+    core = admission()
+    core.observe(report("b", free=0), 0)
+    assert comes_back(core, 5, failed) is None
+    core.observe(report("b", sequence=2, free=0), 5)
+    assert [d.reservation for d in core.observe(report("b", sequence=3, free=40), 5)] == ["again"]
+
+
+def test_a_request_that_comes_back_has_its_first_deadline():
+    core = admission()
+    core.tick(0)
+    assert comes_back(core, 50, failed=True) is None
+    core.observe(report(sequence=2, free=0), 59)
+    assert core.tick(59.9) == []
+    assert [refusal.reservation for refusal in core.tick(60)] == ["again"]
 
 
 def test_a_large_request_is_not_starved_by_smaller_long_ones():

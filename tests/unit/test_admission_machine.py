@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from deploy.admission import Admission
 from deploy.messages import Demand, Placement
-from deploy.queue import SHORT, Waiting
+from deploy.queue import LONG, SHORT
 from deploy.settings import CoordinatorSettings
 from tests.unit.reports import compression, report
 from triattention.bounds import blocks_bound
@@ -158,6 +158,8 @@ class AdmissionMachine(RuleBasedStateMachine):
     @rule(seconds=st.floats(0.1, 4))
     def wait(self, seconds: float) -> None:
         self.now += seconds
+        self.core._advance(self.now)
+        self.core._queue.age()
         # Twice: those who give up in the first leave their claims to the second.
         for _ in range(2):
             before = list(self.core._queue)
@@ -169,7 +171,11 @@ class AdmissionMachine(RuleBasedStateMachine):
     @invariant()
     def the_queue_is_in_order_and_counts_its_blocks(self) -> None:
         waiting = list(self.core._queue)
-        assert waiting == sorted(waiting, key=Waiting.place)
+        for kind in (SHORT, LONG):
+            lines = self.core._queue._lines[kind].values()
+            places = {w: line.place(position) for line in lines for position, w in enumerate(line.waiting)}
+            ordered = [places[w] for w in self.core._queue.of(kind)]
+            assert ordered == sorted(places.values())
         assert sum(self.core._queue.lengths.values()) == len(waiting)
         assert self.core._queue.blocks == sum(w.blocks for w in waiting)
         assert len(waiting) <= 12

@@ -84,6 +84,26 @@ def test_a_full_queue_gives_up_who_is_due_last_and_not_who_comes_last():
     assert core.snapshot(1).queue_length == {"short": 1, "long": 3}
 
 
+@pytest.mark.parametrize("seconds", [2, 50])
+def test_a_full_queue_gives_up_who_is_ahead_of_its_share_though_its_class_is_far_behind(seconds):
+    """The long ones' virtual time stands still while the short ones' runs on."""
+    core = admission(queue_length=4)
+    core.observe(report(free=0), 0)
+    for number in range(3):
+        core.submit(Demand(f"long{number}", 100, LONG, tenant="l"), 0)
+    for now in range(seconds):
+        core.tick(now)
+        core.observe(report(sequence=2 + now, free=0), now)
+    assert core.submit(Demand("waits", 32, SHORT, tenant="s"), seconds) is None
+    core.tick(seconds + 1)
+    assert core.submit(Demand("new", 32, SHORT, tenant="t"), seconds + 1) is None
+    assert [r.reservation for r in core.tick(seconds + 1)] == ["long2"]
+    assert [core.submit(Demand(f"more{i}", 100, LONG, tenant="l"), seconds + 1).reservation for i in range(9)] == [
+        f"more{i}" for i in range(9)
+    ]
+    assert core.snapshot(seconds + 1).queue_length == {"short": 2, "long": 2}
+
+
 def test_a_minute_of_requests_is_counted_for_the_whole_fleet_and_each_request_once():
     core = Admission(CoordinatorSettings(), random.Random(0), {"gold": Tier(requests_per_minute=2)})
     core.observe(report(total=10_000), 0)
