@@ -279,7 +279,7 @@ class Admission:
             return None
         fits &= self._ledger.fresh(now, rows) & claimed.open()
         first_row = rows.start or 0
-        began = waiting.since + waiting.demand.waited
+        began = waiting.since + waiting.demand.waited_seconds
         avoided = waiting.demand.avoid if now - began < AVOID_SECONDS else None
         for barred in (closed, table.row_of.get(avoided or "")):
             if barred is not None and 0 <= barred - first_row < len(fits):
@@ -360,7 +360,7 @@ class Admission:
         target = tier.first_token_target_seconds or step
         waiting = Waiting(
             demand=demand,
-            since=now - demand.waited,
+            since=now - demand.waited_seconds,
             kind=kind,
             start=start,
             lead=step - target - demand.priority * step,
@@ -415,7 +415,7 @@ class Admission:
 
     def _refuse_if_too_often(self, demand: Demand, now: float) -> Refusal | None:
         allowance = self._tiers[demand.tier].allowance
-        if demand.is_again or (answer := self._turnstile.begin(demand.tenant, allowance, now)) is None:
+        if demand.former is not None or (answer := self._turnstile.begin(demand.tenant, allowance, now)) is None:
             return None
         reason = "requests_per_minute"
         self._counts[demand.tier].rejections[reason] += 1

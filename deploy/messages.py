@@ -31,12 +31,11 @@ class Demand:
     tier: str = DEFAULT_TIER
     tenant: str = ANONYMOUS
     """Whose share of the queue it is charged to."""
-    is_again: bool = False
-    """Not its first attempt: the minute of its tenant has been charged."""
     former: str | None = None
-    """The reservation under which it was placed before and came back: it keeps that one's place in the queue."""
-    waited: float = 0.0
-    """Seconds since it came: they count towards its deadline."""
+    """The reservation under which it was placed before and came back: it keeps that one's place in the queue, and its
+    tenant's minute has been charged."""
+    waited_seconds: float = 0.0
+    """Since it came: they count towards its deadline."""
     avoid: str | None = None
     """A replica that has just failed this request: it does not go there again."""
     prefix: tuple[int, ...] = ()

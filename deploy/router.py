@@ -166,7 +166,7 @@ class Router:
         examined = await self._examined(await request.body(), endpoint, tenant)
         if isinstance(examined, Answer):
             return await self._refused(examined, tenant.tier, _REASONS.get(examined.status, "bad_request"))
-        demand = replace(examined.demand, node=self._node, is_again=failed is not None)
+        demand = replace(examined.demand, node=self._node, former=failed)
         examined = replace(examined, demand=demand)
         return await self._placed(examined, endpoint, failed, arrived_at)
 
@@ -216,7 +216,10 @@ class Router:
                 return _route_to(replica, headers(decision.reservation, decision.length_class))
             await self._ask(None, "release", decision.reservation)
             await asyncio.sleep(RESOLVE_PAUSE_SECONDS)
-            demand, failed = replace(demand, reservation=new_reservation(), is_again=True), None
+            waited = time.monotonic() - arrived_at
+            former = decision.reservation
+            demand = replace(demand, reservation=new_reservation(), former=former, waited_seconds=waited)
+            failed = None
         replica = await self._any_replica()
         self._placed_alone[replica.replica_id.unique_id] += 1
         return _route_to(replica, headers(demand.reservation))

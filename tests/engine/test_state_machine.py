@@ -17,7 +17,7 @@ from triattention.vllm.orders import CompactionOrder
 from triattention.vllm.pool import Pool
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-HISTORIES = settings(max_examples=20, stateful_step_count=50, deadline=None, suppress_health_check=CHECKS)
+HISTORIES = settings(max_examples=20, stateful_step_count=50, suppress_health_check=CHECKS)
 
 
 def engine(lag: int, **changes: Any) -> type[Engine]:

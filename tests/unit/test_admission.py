@@ -176,7 +176,7 @@ def comes_back(core, now, failed):
     core.observe(report(free=40), 0)
     placed_on(core.submit(long_request("early"), 0))
     core.submit(long_request("later"), 1)
-    demand = replace(long_request("again"), waited=now)
+    demand = replace(long_request("again"), waited_seconds=now)
     if failed:
         demand = core.failed("early", demand, now)
     else:

@@ -203,4 +203,4 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 
 TestAdmission = AdmissionMachine.TestCase
-TestAdmission.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestAdmission.settings = settings(max_examples=120, stateful_step_count=40)

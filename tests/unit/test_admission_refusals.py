@@ -113,7 +113,7 @@ def test_a_minute_of_requests_is_counted_for_the_whole_fleet_and_each_request_on
 
     placed_on(submit("r1", 0))
     placed_on(submit("r2", 0))
-    placed_on(submit("r2 again", 0, is_again=True))
+    placed_on(submit("r2 again", 0, former="r2"))
     refusal = submit("r3", 0)
     assert isinstance(refusal, Refusal)
     assert (refusal.status, refusal.reason, refusal.retry_after_seconds) == (429, "requests_per_minute", 30)

@@ -151,7 +151,7 @@ def some_jobs(draw: st.DrawFn) -> list[Job]:
     return jobs
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(jobs=some_jobs(), total=st.sampled_from([20, 30, 60]), reserve_growth=st.booleans())
 def test_the_replica_does_what_one_does_that_goes_token_by_token(jobs, total, reserve_growth):
     pool = replace(POOL, total_blocks=total)
@@ -170,7 +170,7 @@ def test_the_replica_does_what_one_does_that_goes_token_by_token(jobs, total, re
     assert not reserve_growth or replica.preemptions == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompt=st.integers(1, 300), output=st.integers(1, 1500), spare=st.integers(0, 500))
 def test_a_lone_request_never_holds_more_than_the_bound_and_a_long_one_reaches_it(prompt, output, spare):
     pool = replace(POOL, total_blocks=1000)

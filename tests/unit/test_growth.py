@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.growth import HORIZONS, UNKNOWN, Lengths, Requests, expected_use, length_class
@@ -20,7 +20,6 @@ def seen(lengths: dict[int, list[int]]) -> Lengths:
     return known
 
 
-@settings(deadline=None)
 @given(
     lengths=st.dictionaries(st.integers(1, 3), st.lists(st.integers(0, 9000), max_size=30), max_size=3),
     requests=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9000)), min_size=1, max_size=5),
@@ -38,7 +37,6 @@ def test_survival_is_the_share_of_longer_answers_of_the_same_class(lengths, requ
             assert survival[row, column] == pytest.approx(still / alive)
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=40),
     prompt=st.integers(1, 500),

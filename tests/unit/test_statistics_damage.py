@@ -56,7 +56,7 @@ def loads_whole_or_is_refused(path: Path) -> None:
     assert (statistics.query_magnitude >= 0).all()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damaged_bytes(data: st.DataObject) -> None:
     path, content, _, _ = saved()
@@ -76,7 +76,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(name=st.sampled_from(sorted(saved()[2])), value=JSON)
 @example(name="layers", value=[0, 0, 1])
 @example(name="layers", value=[[0], [1], [2]])
@@ -92,7 +92,7 @@ def test_any_value_in_any_field_of_the_header(name: str, value: Any) -> None:
     loads_whole_or_is_refused(broken)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(name=st.sampled_from(sorted(saved()[2]["rope"])), value=JSON | st.lists(st.floats(), max_size=9))
 def test_any_value_in_any_field_of_rope(name: str, value: Any) -> None:
     path, _, header, tensors = saved()
