@@ -36,6 +36,8 @@ class Pool:
             isinstance(manager.kv_cache_spec, MambaSpec) and manager.kv_cache_spec.mamba_cache_mode == "align"
             for manager in self.others
         )
+        # Where hits end inside blocks, a group copies the last one on write, and both stay until that is done.
+        self.copied_blocks = sum(manager.cache_hit_alignment_tokens < manager.block_size for manager in managers)
         self.promised_blocks: int | None = None
         """Blocks that what runs can come to hold; None when that has changed since it was counted."""
         for manager in self.compacted:
@@ -71,10 +73,12 @@ class Pool:
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
 
     def _others_bound(self, request: Request, resumed: bool) -> int:
-        """Most blocks of the groups that are not compacted, while the request is prefilled and while it decodes."""
+        """Most blocks of the groups that are not compacted, while the request is prefilled and while it decodes, and of
+        copies in any group.
+        """
         total = self._total_tokens(request)
         prefilled = total if resumed else min(total, request.num_prompt_tokens + self.batches)
-        return sum(
+        return self.copied_blocks + sum(
             max(
                 self._most_of(manager, prefilled, self.max_in_flight_tokens),
                 self._most_of(manager, total, self.batches),
@@ -88,7 +92,8 @@ class Pool:
         if isinstance(spec, SlidingWindowSpec | ChunkedLocalAttentionSpec):
             return min(whole, spec.max_admission_blocks_per_request(in_flight_tokens, self.max_model_len))
         if isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align":
-            return min(whole, 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks)
+            # The state processed last, and what every step in flight ends with or saves on its way.
+            return min(whole, 1 + self.batches * (1 + spec.num_prefill_checkpoint_blocks))
         if isinstance(spec, MambaSpec):
             return min(whole, 1 + cdiv(in_flight_tokens, manager.block_size))
         return whole
