@@ -68,3 +68,34 @@ def test_every_step_in_flight_may_hold_a_state_and_one_saved_on_its_way(
         driven.step()
         held.append(sum(not block.is_null for block in linear.req_to_blocks["long"]))
     assert max(held) == most
+
+
+@pytest.mark.parametrize("in_flight", [1, 2], ids=["sync", "async"])
+@pytest.mark.parametrize("checkpoints", [0, 1])
+@pytest.mark.parametrize("hash_block", [BLOCK, BLOCK // 2], ids=["whole", "partial"])
+@pytest.mark.parametrize("prompt", ["pin", "compress"])
+def test_nothing_is_published_of_a_request_that_was_compacted_until_it_starts_anew(
+    tiny_model: Path, in_flight: int, checkpoints: int, hash_block: int, prompt: str
+) -> None:
+    driven = HandDriven(
+        tiny_model,
+        CONFIG.model_copy(update={"prompt": prompt}),
+        [states(checkpoints=checkpoints)],
+        blocks=200,
+        in_flight=in_flight,
+        hash_block=hash_block,
+        max_num_batched_tokens=256,
+    )
+    request = driven.add("long", tokens(700 if prompt == "compress" else 100), 1000)
+    full = driven.scheduler.compacted[0]
+    for preempted in (False, True):
+        if preempted:
+            driven.scheduler.reset_prefix_cache(reset_running_requests=True)
+            assert not driven.published()
+        while "long" not in full.null_blocks:
+            exact = driven.published()
+            driven.step()
+        assert len(exact) > 3
+        while request.num_computed_tokens < 900:
+            assert driven.published() <= exact
+            driven.step()

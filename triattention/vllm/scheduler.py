@@ -51,8 +51,7 @@ class CompactionScheduler(AsyncScheduler):
                 "triattention.vllm.worker.CompactionWorker as well."
             )
         if self.compacted:
-            managers = self.kv_cache_manager.coordinator.single_type_managers
-            self.pool = Pool(managers, self.requests, self.max_model_len)
+            self.pool = Pool(self.kv_cache_manager.coordinator, self.requests, self.max_model_len)
         self.total_blocks = self.kv_cache_config.num_blocks - 1  # without the null block
         self.refused: list[Request] = []
         self.preemptions = 0
