@@ -54,6 +54,8 @@ _WITHOUT_EFFECT = {
 }
 """Argument -> what to use instead."""
 
+_KV_CONNECTOR = ("kv_transfer_config", "kv_offloading_size", "kv_offloading_backend")
+
 
 class SettingsError(ValueError):
     """The settings cannot be used; the message is one sentence per mistake, one per line."""
@@ -91,6 +93,11 @@ class EngineSettings(_Settings):
                 raise ValueError(
                     f"{name} is {value}, but a replica is one engine to the coordinator: leave it out of engine.extra "
                     "and raise replicas"
+                )
+            if name in _KV_CONNECTOR:
+                raise ValueError(
+                    f"{name} is {value}, but the engine's reports travel where a KV connector's statistics would: "
+                    "leave it out of engine.extra"
                 )
         return extra
 

@@ -3,7 +3,9 @@
 import time
 from pathlib import Path
 
+import pytest
 from vllm import LLM
+from vllm.config import KVTransferConfig
 from vllm.v1.metrics.stats import SchedulerStats
 
 from tests.engine.conftest import BLOCK, EngineFactory
@@ -56,3 +58,19 @@ def test_nothing_is_collected_for_reports_that_nobody_gets(tiny_model: Path) -> 
     generate(llm, [[1, 2, 3]], 5)
     assert scheduler_of(llm).ended == {}
     llm.llm_engine.engine_core.shutdown()
+
+
+def test_reports_do_not_share_their_place_with_the_statistics_of_a_kv_connector(tiny_model: Path) -> None:
+    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    with pytest.raises(ValueError, match=r"kv_transfer_config names ExampleConnector, but .* unset kv_transfer_config"):
+        LLM(
+            str(tiny_model),
+            max_model_len=256,
+            num_gpu_blocks_override=20,
+            kv_cache_memory_bytes=1 << 28,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=False,
+            kv_transfer_config=connector,
+            **engine_arguments(None),
+        )

@@ -82,6 +82,11 @@ def test_unset_engine_settings_are_left_to_vllm():
             "raise replicas",
         ),
         (
+            {"engine": {"extra": {"kv_offloading_size": 4}}},
+            "kv_offloading_size is 4, but the engine's reports travel where a KV connector's statistics would: "
+            "leave it out of engine.extra",
+        ),
+        (
             {"engine": {"num_gpu_blocks": 9, "kv_cache_memory_bytes": 99}},
             "num_gpu_blocks is 9 and kv_cache_memory_bytes is 99: both set the size of the KV pool",
         ),

@@ -21,7 +21,7 @@ from triattention.report import COMPACTION_BUCKETS_SECONDS, FIRST_COMPACTION_BUC
 from triattention.vllm.kv_manager import CompactedAttentionManager
 from triattention.vllm.orders import CompactionOrder, attach_orders, seconds_of
 from triattention.vllm.pool import Pool, limit_hits
-from triattention.vllm.support import check_supported, compression_config, sends_reports
+from triattention.vllm.support import REPORTS_KEY, check_supported, compression_config, sends_reports
 
 logger = init_logger(__name__)
 
@@ -40,6 +40,13 @@ class CompactionScheduler(AsyncScheduler):
         if compression_config(self.vllm_config) is not None:
             check_supported(self.vllm_config)
         self.sends_reports = sends_reports(self.vllm_config) and self.log_stats
+        connector = self.vllm_config.kv_transfer_config
+        if self.sends_reports and connector is not None:
+            raise ValueError(
+                f"kv_transfer_config names {connector.kv_connector}, but reports travel where a KV connector's "
+                "statistics would: unset kv_transfer_config and kv_offloading_size, or remove "
+                f'"{REPORTS_KEY}" from additional_config.'
+            )
         self.compacted: list[CompactedAttentionManager] = [
             manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
