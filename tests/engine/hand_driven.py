@@ -1,6 +1,6 @@
 """The real scheduler over KV-cache groups of one's choice, with a worker that only counts: no model runs.
 
-So models are scheduled that this machine has no kernels for: hybrids of full attention and a linear recurrence, whose
+So models are scheduled that this machine has no kernels for, as hybrids of full attention and linear layers, whose
 states vLLM keeps in blocks of their own.
 """
 

@@ -11,6 +11,11 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    FullAttentionManager,
+    SlidingWindowManager,
+)
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -26,6 +31,9 @@ from triattention.vllm.support import REPORTS_KEY, check_supported, compression_
 logger = init_logger(__name__)
 
 REPORT_INTERVAL_SECONDS = 0.02
+
+NULLS_FIRST = (FullAttentionManager, SlidingWindowManager, ChunkedLocalAttentionManager)
+"""vLLM's managers whose tables grow with the text and hold null blocks only before all others, if any."""
 
 
 class CompactionScheduler(AsyncScheduler):
@@ -206,10 +214,13 @@ class CompactionScheduler(AsyncScheduler):
     def _held_by(self, request_id: str) -> int:
         held = 0
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            table = manager.req_to_blocks.get(request_id, ())
             if isinstance(manager, CompactedAttentionManager):
                 held += manager.held_blocks(request_id)
+            elif type(manager) in NULLS_FIRST:
+                held += len(table) - bisect_left(table, True, key=lambda block: not block.is_null)
             else:
-                held += sum(not block.is_null for block in manager.req_to_blocks.get(request_id, ()))
+                held += sum(not block.is_null for block in table)
         return held
 
     def report(self, stats: SchedulerStats) -> EngineReport:
