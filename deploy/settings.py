@@ -54,6 +54,8 @@ _WITHOUT_EFFECT = {
 }
 """Argument -> what to use instead."""
 
+_KV_CONNECTOR = ("kv_transfer_config", "kv_offloading_size", "kv_offloading_backend")
+
 
 class SettingsError(ValueError):
     """The settings cannot be used; the message is one sentence per mistake, one per line."""
@@ -82,11 +84,21 @@ class EngineSettings(_Settings):
     @field_validator("extra")
     @classmethod
     def _extra_is_free(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        for name in extra:
+        for name, value in extra.items():
             if name in MANAGED_ARGUMENTS:
                 raise ValueError(f"{name} is set by the fleet itself: use its own setting instead of engine.extra")
             if instead := _WITHOUT_EFFECT.get(name):
                 raise ValueError(f"{name} has no effect in a fleet: use {instead} instead of engine.extra")
+            if name.startswith("data_parallel"):
+                raise ValueError(
+                    f"{name} is {value}, but a replica is one engine to the coordinator: leave it out of engine.extra "
+                    "and raise replicas"
+                )
+            if name in _KV_CONNECTOR:
+                raise ValueError(
+                    f"{name} is {value}, but the engine's reports travel where a KV connector's statistics would: "
+                    "leave it out of engine.extra"
+                )
         return extra
 
     @model_validator(mode="after")

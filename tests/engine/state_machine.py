@@ -74,7 +74,7 @@ class Engine(RuleBasedStateMachine):
         assert isinstance(ours, CompactedAttentionManager)
         self.ours, self.pool = ours, self.manager.block_pool
         self.requests: dict[str, Request] = {}
-        self.bounds = Pool([ours], self.requests, max_model_len=2000)
+        self.bounds = Pool(self.manager.coordinator, self.requests, max_model_len=2000)
         self.waiting: deque[Tracked] = deque()
         self.running: list[Tracked] = []
         self.in_flight: deque[list[Scheduled]] = deque()

@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.executor import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from tests.engine.conftest import SIZES, save_tiny_model
@@ -66,11 +67,28 @@ def test_settings_that_compaction_cannot_work_with(tiny_model: Path, name: str) 
         check_supported(config)
 
 
+class ExecutorOfSomeone(Executor): ...
+
+
 def test_growth_cannot_be_reserved_where_vllm_does_not_ask(tiny_model: Path) -> None:
     unasked = {"scheduler_reserve_full_isl": False}
     [sentence] = refusals(vllm_config(tiny_model, **unasked))
     assert sentence.startswith("reserve_growth is true but scheduler_reserve_full_isl is False")
     check_supported(vllm_config(tiny_model, RANDOM.model_copy(update={"reserve_growth": False}), **unasked))
+
+
+def test_an_executor_that_runs_the_model_past_the_worker(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = vllm_config(tiny_model)
+    config.parallel_config.distributed_executor_backend = "ray"
+    check_supported(config)
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    [sentence] = refusals(config)
+    assert sentence.startswith("KV compression does not support the executor RayDistributedExecutor (")
+    assert "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND" in sentence
+    config.parallel_config.distributed_executor_backend = ExecutorOfSomeone
+    assert "does not support the executor ExecutorOfSomeone" in refusals(config)[0]
+    config.parallel_config.distributed_executor_backend = "external_launcher"
+    check_supported(config)
 
 
 def test_multi_head_latent_attention(mla_model: Path) -> None:

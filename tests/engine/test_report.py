@@ -1,12 +1,20 @@
 """What an engine reports of its pinned prompts and first compactions, against what its own tables hold."""
 
+import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import torch
 from vllm import LLM
+from vllm.config import KVTransferConfig
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.metrics.stats import SchedulerStats
 
-from tests.engine.conftest import BLOCK, EngineFactory
+from tests.engine.conftest import BLOCK, VOCABULARY, EngineFactory
+from tests.engine.hand_driven import HandDriven
 from tests.engine.test_exactness import generate, scheduler_of
 from tests.engine.test_living_with_vllm import add, step_until
 from triattention.config import CompressionConfig
@@ -56,3 +64,57 @@ def test_nothing_is_collected_for_reports_that_nobody_gets(tiny_model: Path) -> 
     generate(llm, [[1, 2, 3]], 5)
     assert scheduler_of(llm).ended == {}
     llm.llm_engine.engine_core.shutdown()
+
+
+class UnreadTable(list[KVCacheBlock]):
+    def __iter__(self) -> Iterator[KVCacheBlock]:
+        raise AssertionError("the whole table was looked at")
+
+
+def test_blocks_are_counted_without_a_look_at_whole_tables(tiny_model: Path) -> None:
+    """A sliding layer's table is as long as the text, and all but its end is null."""
+    shape = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    others = [
+        FullAttentionSpec(**shape),
+        SlidingWindowSpec(**shape, sliding_window=100),
+        ChunkedLocalAttentionSpec(**shape, attention_chunk_size=96),
+    ]
+    config = CompressionConfig(budget=96, interval=64, window=16, policy="key_norm")
+    driven = HandDriven(tiny_model, config, others, blocks=300, in_flight=2, max_num_batched_tokens=256)
+    scheduler, draw = driven.scheduler, random.Random(1)
+    text = [draw.randrange(VOCABULARY) for _ in range(1500)]
+    for number in range(12):  # prefixes of one text, so that most begin with hits
+        driven.add(f"r{number}", text[: draw.randrange(1, len(text))], draw.randrange(1, 200))
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    shared = False
+    while scheduler.requests:
+        driven.step()
+        shared |= any(block.ref_cnt > 1 for table in managers[1].req_to_blocks.values() for block in table)
+        counted = {
+            name: sum(not block.is_null for manager in managers for block in manager.req_to_blocks.get(name, ()))
+            for name in scheduler.held_blocks()
+        }
+        for manager in managers:
+            for name, table in manager.req_to_blocks.items():
+                manager.req_to_blocks[name] = UnreadTable(table)
+        assert scheduler.held_blocks() == counted
+        for manager in managers:
+            for name, table in manager.req_to_blocks.items():
+                manager.req_to_blocks[name] = table[:]
+    assert shared
+
+
+def test_reports_do_not_share_their_place_with_the_statistics_of_a_kv_connector(tiny_model: Path) -> None:
+    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    with pytest.raises(ValueError, match=r"kv_transfer_config names ExampleConnector, but .* unset kv_transfer_config"):
+        LLM(
+            str(tiny_model),
+            max_model_len=256,
+            num_gpu_blocks_override=20,
+            kv_cache_memory_bytes=1 << 28,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=False,
+            kv_transfer_config=connector,
+            **engine_arguments(None),
+        )

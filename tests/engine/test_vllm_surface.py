@@ -13,7 +13,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, UnitaryKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -24,7 +24,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 SURFACE: list[tuple[Callable[..., Any], list[str]]] = [
     (FullAttentionManager.remove_skipped_blocks, ["request_id", "processed_computed_tokens", "num_prompt_tokens"]),
-    (FullAttentionManager.cache_blocks, ["request", "num_tokens", "retention_interval", "replay_boundaries"]),
+    (UnitaryKVCacheCoordinator.cache_blocks, ["request", "num_computed_tokens"]),
+    (HybridKVCacheCoordinator.cache_blocks, ["request", "num_computed_tokens"]),
     (FullAttentionManager.pop_blocks_for_free, ["request_id"]),
     (FullAttentionManager._remove_blocks_in_range, ["request_id", "first_block", "last_block"]),
     (
@@ -89,10 +90,10 @@ def test_blocks_are_removed_before_they_are_allocated_on_the_processed_token_bas
     assert positions == sorted(positions)
 
 
-def test_every_chunk_passes_where_we_shorten_it_and_a_block_marked_as_published_is_left_alone() -> None:
+def test_every_chunk_passes_where_we_shorten_it_and_every_block_where_we_publish_it_or_not() -> None:
     assert inspect.getsource(AsyncScheduler.schedule).count("self._reserve_prefill_lookahead(") == 2
-    source = inspect.getsource(SingleTypeKVCacheManager.cache_blocks)
-    assert source.index("if num_cached_blocks >= num_full_blocks:") < source.index("self.block_pool.cache_full_blocks(")
+    source = inspect.getsource(KVCacheManager)
+    assert source.count(".cache_blocks(") == source.count("self.coordinator.cache_blocks(") == 2
 
 
 @pytest.mark.parametrize(

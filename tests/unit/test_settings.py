@@ -77,6 +77,16 @@ def test_unset_engine_settings_are_left_to_vllm():
         ({"engine": {"extra": {"ssl_keyfile": "x"}}}, "ssl_keyfile has no effect in a fleet: use a proxy with TLS"),
         ({"engine": {"extra": {"api_key": "x"}}}, "api_key has no effect in a fleet: use access and the keys of"),
         (
+            {"engine": {"extra": {"data_parallel_size": 2}}},
+            "data_parallel_size is 2, but a replica is one engine to the coordinator: leave it out of engine.extra and "
+            "raise replicas",
+        ),
+        (
+            {"engine": {"extra": {"kv_offloading_size": 4}}},
+            "kv_offloading_size is 4, but the engine's reports travel where a KV connector's statistics would: "
+            "leave it out of engine.extra",
+        ),
+        (
             {"engine": {"num_gpu_blocks": 9, "kv_cache_memory_bytes": 99}},
             "num_gpu_blocks is 9 and kv_cache_memory_bytes is 99: both set the size of the KV pool",
         ),

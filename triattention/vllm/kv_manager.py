@@ -107,7 +107,7 @@ def compacted_specs(
 
 
 class CompactedAttentionManager(FullAttentionManager):
-    """Bounded block tables. Never writes to, or publishes a hash of, anything that is not exact.
+    """Bounded block tables. Never writes to anything that others read or may hit; `Pool` publishes nothing inexact.
 
     Per request the table reads `[pinned prompt blocks] [null blocks] [live blocks]`.
     """
@@ -167,8 +167,6 @@ class CompactedAttentionManager(FullAttentionManager):
                 self.block_pool._maybe_evict_cached_block(block)
         free_before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, start, cut)
-        if request_id not in self.null_blocks:
-            self.pool.publish_no_more(request_id)
         self.null_blocks[request_id] = cut - pinned
         self.due_at[request_id] = due_at(cut, self.block_size, self.config)
 
@@ -179,18 +177,6 @@ class CompactedAttentionManager(FullAttentionManager):
         self.evicted_tokens += live_tokens - kept_tokens
         live_blocks = sum(not block.is_null for block in blocks[start:end])
         self.stranded_slots += (live_blocks - (end - cut)) * self.block_size
-
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        """Publish hashes only until the first compaction (see `Pool.publish_no_more`), nor a prompt's tail apart."""
-        if request.request_id not in self.null_blocks:
-            super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.null_blocks.pop(request_id, None)
@@ -222,9 +208,10 @@ class CompactedAttentionManager(FullAttentionManager):
 
         With `reserve_growth` off only the tokens it has now are counted, as vLLM does.
         """
-        if request_id in self.num_cached_block and not apply_admission_cap:
+        blocks = self.req_to_blocks.get(request_id)
+        if blocks:
             # Every running request passes here in every step: as vLLM has it, without another call.
-            return max(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]), 0)
+            return max(cdiv(num_tokens, self.block_size) - len(blocks), 0)
         if apply_admission_cap:
             request = self.pool.requests[request_id]
             if self.config.reserve_growth and not self.pool.fits(request, self, new_computed_blocks):

@@ -1,13 +1,15 @@
 """What the KV-cache groups of an engine have in common: one pool of blocks, and requests that hold some in every group.
 
 Owns the most that a request can come to hold over all groups, and what follows from it: what is refused, what is
-admitted beside what runs, in which chunks a preempted request comes back. Each group's compactions are its manager's.
+admitted beside what runs, in which chunks a preempted request comes back; and until when a request's blocks are
+published. Each group's compactions are its manager's.
 """
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -19,10 +21,9 @@ from triattention.vllm.kv_manager import CompactedAttentionManager
 
 
 class Pool:
-    def __init__(
-        self, managers: Sequence[SingleTypeKVCacheManager], requests: Mapping[str, Request], max_model_len: int
-    ) -> None:
-        """`requests`: the scheduler's table. At least one of the managers is of a group that is compacted."""
+    def __init__(self, coordinator: KVCacheCoordinator, requests: Mapping[str, Request], max_model_len: int) -> None:
+        """`requests`: the scheduler's table. At least one of the coordinator's groups is compacted."""
+        managers = coordinator.single_type_managers
         self.compacted = [manager for manager in managers if isinstance(manager, CompactedAttentionManager)]
         self.others = [manager for manager in managers if not isinstance(manager, CompactedAttentionManager)]
         self.requests = requests
@@ -36,10 +37,14 @@ class Pool:
             isinstance(manager.kv_cache_spec, MambaSpec) and manager.kv_cache_spec.mamba_cache_mode == "align"
             for manager in self.others
         )
+        # Where hits end inside blocks, a group copies the last one on write, and both stay until that is done.
+        self.copied_blocks = sum(manager.cache_hit_alignment_tokens < manager.block_size for manager in managers)
         self.promised_blocks: int | None = None
         """Blocks that what runs can come to hold; None when that has changed since it was counted."""
         for manager in self.compacted:
             manager.pool = self
+        # For all groups at once: those of linear layers publish in several ways.
+        coordinator.cache_blocks = partial(self._publish, coordinator.cache_blocks)
 
     def bound(self, request: Request) -> int:
         """Most blocks that the request can come to hold, over all groups: what admission reserves."""
@@ -71,10 +76,12 @@ class Pool:
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
 
     def _others_bound(self, request: Request, resumed: bool) -> int:
-        """Most blocks of the groups that are not compacted, while the request is prefilled and while it decodes."""
+        """Most blocks of the groups that are not compacted, while the request is prefilled and while it decodes, and of
+        copies in any group.
+        """
         total = self._total_tokens(request)
         prefilled = total if resumed else min(total, request.num_prompt_tokens + self.batches)
-        return sum(
+        return self.copied_blocks + sum(
             max(
                 self._most_of(manager, prefilled, self.max_in_flight_tokens),
                 self._most_of(manager, total, self.batches),
@@ -88,7 +95,8 @@ class Pool:
         if isinstance(spec, SlidingWindowSpec | ChunkedLocalAttentionSpec):
             return min(whole, spec.max_admission_blocks_per_request(in_flight_tokens, self.max_model_len))
         if isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align":
-            return min(whole, 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks)
+            # The state processed last, and what every step in flight ends with or saves on its way.
+            return min(whole, 1 + self.batches * (1 + spec.num_prefill_checkpoint_blocks))
         if isinstance(spec, MambaSpec):
             return min(whole, 1 + cdiv(in_flight_tokens, manager.block_size))
         return whole
@@ -154,10 +162,14 @@ class Pool:
             for request_id, blocks in manager.req_to_blocks.items()
         ]
 
-    def publish_no_more(self, request_id: str) -> None:
-        """The request was compacted: what any layer of any group computes from now on is approximate."""
-        for manager in (*self.compacted, *self.others):
-            manager.num_cached_block[request_id] = sys.maxsize  # as if all its blocks were published already
+    def is_compacted(self, request_id: str) -> bool:
+        """Whether it was compacted since it last began to run."""
+        return any(request_id in manager.null_blocks for manager in self.compacted)
+
+    def _publish(self, publish: Callable[[Request, int], None], request: Request, tokens: int) -> None:
+        """After a compaction nothing: what any layer of any group computes from then on is approximate."""
+        if not self.is_compacted(request.request_id):
+            publish(request, tokens)
 
 
 def limit_hits(

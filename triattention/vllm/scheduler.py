@@ -11,6 +11,11 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    FullAttentionManager,
+    SlidingWindowManager,
+)
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -21,11 +26,14 @@ from triattention.report import COMPACTION_BUCKETS_SECONDS, FIRST_COMPACTION_BUC
 from triattention.vllm.kv_manager import CompactedAttentionManager
 from triattention.vllm.orders import CompactionOrder, attach_orders, seconds_of
 from triattention.vllm.pool import Pool, limit_hits
-from triattention.vllm.support import check_supported, compression_config, sends_reports
+from triattention.vllm.support import REPORTS_KEY, check_supported, compression_config, sends_reports
 
 logger = init_logger(__name__)
 
 REPORT_INTERVAL_SECONDS = 0.02
+
+NULLS_FIRST = (FullAttentionManager, SlidingWindowManager, ChunkedLocalAttentionManager)
+"""vLLM's managers whose tables grow with the text and hold null blocks only before all others, if any."""
 
 
 class CompactionScheduler(AsyncScheduler):
@@ -40,6 +48,13 @@ class CompactionScheduler(AsyncScheduler):
         if compression_config(self.vllm_config) is not None:
             check_supported(self.vllm_config)
         self.sends_reports = sends_reports(self.vllm_config) and self.log_stats
+        connector = self.vllm_config.kv_transfer_config
+        if self.sends_reports and connector is not None:
+            raise ValueError(
+                f"kv_transfer_config names {connector.kv_connector}, but reports travel where a KV connector's "
+                "statistics would: unset kv_transfer_config and kv_offloading_size, or remove "
+                f'"{REPORTS_KEY}" from additional_config.'
+            )
         self.compacted: list[CompactedAttentionManager] = [
             manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
@@ -51,8 +66,7 @@ class CompactionScheduler(AsyncScheduler):
                 "triattention.vllm.worker.CompactionWorker as well."
             )
         if self.compacted:
-            managers = self.kv_cache_manager.coordinator.single_type_managers
-            self.pool = Pool(managers, self.requests, self.max_model_len)
+            self.pool = Pool(self.kv_cache_manager.coordinator, self.requests, self.max_model_len)
         self.total_blocks = self.kv_cache_config.num_blocks - 1  # without the null block
         self.refused: list[Request] = []
         self.preemptions = 0
@@ -206,10 +220,13 @@ class CompactionScheduler(AsyncScheduler):
     def _held_by(self, request_id: str) -> int:
         held = 0
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            table = manager.req_to_blocks.get(request_id, ())
             if isinstance(manager, CompactedAttentionManager):
                 held += manager.held_blocks(request_id)
+            elif type(manager) in NULLS_FIRST:
+                held += len(table) - bisect_left(table, True, key=lambda block: not block.is_null)
             else:
-                held += sum(not block.is_null for block in manager.req_to_blocks.get(request_id, ()))
+                held += sum(not block.is_null for block in table)
         return held
 
     def report(self, stats: SchedulerStats) -> EngineReport:

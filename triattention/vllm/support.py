@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.executor import Executor
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from triattention.config import CompressionConfig
 from triattention.policies import policy_names
@@ -61,6 +64,14 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         for what, present in known.items()
         if present
     ]
+    executor = Executor.get_class(vllm_config)
+    # The executor that vLLM takes for Ray by default is a MultiprocExecutor.
+    if not issubclass(executor, MultiprocExecutor | UniProcExecutor):
+        sentences.append(
+            f"KV compression does not support the executor {executor.__name__} (it may run the model past the worker, "
+            "which carries out compactions first): set distributed_executor_backend to mp, or to ray and unset "
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND."
+        )
     config = compression_config(vllm_config)
     if config is not None and config.reserve_growth and not vllm_config.scheduler_config.scheduler_reserve_full_isl:
         sentences.append(
