@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm import LLM
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.metrics.stats import SchedulerStats
@@ -104,8 +105,15 @@ def test_blocks_are_counted_without_a_look_at_whole_tables(tiny_model: Path) -> 
     assert shared
 
 
-def test_reports_do_not_share_their_place_with_the_statistics_of_a_kv_connector(tiny_model: Path) -> None:
-    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+@pytest.fixture
+def connector() -> Iterator[KVTransferConfig]:
+    yield KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    ensure_kv_transfer_shutdown()  # the worker has begun it before the scheduler refuses
+
+
+def test_reports_do_not_share_their_place_with_the_statistics_of_a_kv_connector(
+    tiny_model: Path, connector: KVTransferConfig
+) -> None:
     with pytest.raises(ValueError, match=r"kv_transfer_config names ExampleConnector, but .* unset kv_transfer_config"):
         LLM(
             str(tiny_model),
