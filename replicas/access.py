@@ -70,6 +70,9 @@ class Keyring:
         self._tiers = tiers
         self._of_file: tuple[tuple[bytes, Tenant], ...] = ()
         self._seen: tuple[int, int, int] | None = None
+        """The version of the file that was read last."""
+        self._trouble = ""
+        """Why it cannot be read now: said already."""
         if file is not None:
             self._seen = _version(file)
             keys, mistakes = read_keys(file, tiers)
@@ -94,15 +97,18 @@ class Keyring:
 
     def _reread(self) -> None:
         """What is wrong with a version of the file is said once. A line with a mistake does not count and the others
-        do, so that a slip delays no revocation; a file that cannot be read leaves the keys as they were."""
+        do, so that a slip delays no revocation; a file that cannot be read leaves the keys as they were until it can."""
         if self._file is None or (seen := _version(self._file)) == self._seen:
             return
-        self._seen = seen
         try:
             keys, mistakes = read_keys(self._file, self._tiers)
         except KeysFileError as error:
-            logger.error("%s The keys stay as they were.", error)
+            if str(error) != self._trouble:
+                logger.error("%s The keys stay as they were.", error)
+            self._trouble = str(error)
             return
+        # Only now: a version of which one read failed would otherwise never count.
+        self._seen, self._trouble = seen, ""
         self._of_file = tuple(keys.items())
         for mistake in mistakes:
             logger.error("%s This line does not count.", mistake)

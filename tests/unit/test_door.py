@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import errno
 import hashlib
 import json
 import logging
 import os
+from pathlib import Path
 
 import httpx
 import pytest
@@ -237,6 +239,22 @@ def test_a_file_that_cannot_be_read_leaves_the_keys_as_they_were_and_is_said_onc
     keys_file.write_text(line("tf-another", "gold"))
     assert ring.tenant("Bearer tf-another").tier == "gold"
     assert not ring.tenant(f"Bearer {KEY}").is_known
+
+
+def test_a_key_is_revoked_though_the_changed_file_cannot_be_read_at_first(keys_file, ring, caplog, monkeypatch):
+    logging.getLogger("ray.serve").propagate = True
+    keys_file.write_text(line("tf-another", "gold"))
+
+    def fails(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", fails)
+        for _ in range(3):
+            assert ring.tenant(f"Bearer {KEY}").tier == "gold"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert not ring.tenant(f"Bearer {KEY}").is_known
+    assert ring.tenant("Bearer tf-another").tier == "gold"
 
 
 @given(st.binary(max_size=200).map(lambda header: header.decode("latin-1")))
