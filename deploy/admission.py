@@ -353,7 +353,7 @@ class Admission:
         self._advance(now)
         start = None
         if demand.former is not None:
-            start = self._shares[kind].charge_again(demand.reservation, demand.former)
+            start = self._shares[kind].charge_again(demand.reservation, demand.former, self._capacity())
         if start is None:
             flow = (demand.tenant, demand.priority)
             start = self._shares[kind].charge(demand.reservation, flow, tier.share, blocks, self._capacity())

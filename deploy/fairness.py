@@ -25,6 +25,8 @@ FIRST_SECONDS_PER_BLOCK = 5.0
 # How quickly the means follow: about the last twenty requests.
 _WEIGHT = 0.05
 REMEMBERED_FLOWS = 1000
+# Of requests that ended last: one that comes back does so within a second or two.
+REMEMBERED_ENDS = 1000
 # Virtual time is remembered by the second, for longer than a request waits.
 _MEMORY_SECONDS = 1.0
 _MEMORIES = 3600
@@ -54,6 +56,8 @@ class Shares:
         """By reservation, until settled."""
         self.of_tenant: dict[str, set[str]] = {}
         """Tenant -> its reservations of `charges`."""
+        self._settled: dict[str, _Charge] = {}
+        """Of those that ended last, the latest last: a request that comes back may have counted as ended."""
         self.virtual = 0.0
         self._clock: float | None = None
         self._past: deque[tuple[float, float]] = deque(maxlen=_MEMORIES)
@@ -69,22 +73,24 @@ class Shares:
         """Book a request of the flow behind those that it has in virtual time already: when its turn begins."""
         start = max(self.virtual, self._paid_until.get(flow, 0.0))
         expected = bound_blocks * self._of_flow.get(flow, self._seconds_per_block)
-        self._paid_until[flow] = start + _fleet_seconds(expected, share, capacity)
-        self.charges[reservation] = _Charge(flow, share, start, bound_blocks, expected)
-        self.of_tenant.setdefault(flow[0], set()).add(reservation)
+        self._book(reservation, _Charge(flow, share, start, bound_blocks, expected), capacity)
         return start
 
-    def charge_again(self, reservation: str, former: str) -> float | None:
+    def charge_again(self, reservation: str, former: str, capacity: int) -> float | None:
         """The request that was booked as `former` goes on under another reservation: when its turn began. None where
-        there is no charge, or no longer."""
-        charge = self.charges.pop(former, None)
+        there was no charge, or too long ago."""
+        self.settle(former, 0.0, capacity)
+        charge = self._settled.pop(former, None)
         if charge is None:
             return None
-        self.charges[reservation] = charge
-        mine = self.of_tenant[charge.flow[0]]
-        mine.remove(former)
-        mine.add(reservation)
+        self._book(reservation, charge, capacity)
         return charge.start
+
+    def _book(self, reservation: str, charge: _Charge, capacity: int) -> None:
+        paid = max(charge.start, self._paid_until.get(charge.flow, 0.0))
+        self._paid_until[charge.flow] = paid + _fleet_seconds(charge.block_seconds, charge.share, capacity)
+        self.charges[reservation] = charge
+        self.of_tenant.setdefault(charge.flow[0], set()).add(reservation)
 
     def settle(self, reservation: str, block_seconds: float, capacity: int) -> None:
         """The request has ended and took so much: correct its flow, and what is expected of the next ones.
@@ -94,6 +100,9 @@ class Shares:
         charge = self.charges.pop(reservation, None)
         if charge is None:
             return
+        self._settled[reservation] = charge
+        if len(self._settled) > REMEMBERED_ENDS:
+            del self._settled[next(iter(self._settled))]
         tenant = charge.flow[0]
         self.of_tenant[tenant].remove(reservation)
         if not self.of_tenant[tenant]:

@@ -171,25 +171,29 @@ def test_waiting_makes_up_for_priority():
     assert free_forty(core, 2, 12) == ["batch"]
 
 
-def comes_back(core, now, failed):
+def comes_back(core, now, way):
     """Placed as `early`, a moment before others of its tenant came; then it comes back."""
     core.observe(report(free=40), 0)
     placed_on(core.submit(long_request("early"), 0))
     core.submit(long_request("later"), 1)
     demand = replace(long_request("again"), waited_seconds=now)
-    if failed:
-        demand = core.failed("early", demand, now)
-    else:
+    if way == "released":
         core.release("early", now)
         demand = replace(demand, former="early")
+    else:
+        if way == "failed and reported":
+            core.observe(report(sequence=2, free=0, finished=("early",)), now)
+        demand = core.failed("early", demand, now)
+    # Between the two calls every lease may be looked at.
+    core.tick(now)
     return core.submit(demand, now)
 
 
-@pytest.mark.parametrize("failed", [False, True])
-def test_a_request_that_comes_back_keeps_its_place(failed):
+@pytest.mark.parametrize("way", ["released", "failed", "failed and reported"])
+def test_a_request_that_comes_back_keeps_its_place(way):
     core = admission()
     core.observe(report("b", free=0), 0)
-    assert comes_back(core, 5, failed) is None
+    assert comes_back(core, 5, way) is None
     core.observe(report("b", sequence=2, free=0), 5)
     assert [d.reservation for d in core.observe(report("b", sequence=3, free=40), 5)] == ["again"]
 
@@ -197,7 +201,7 @@ def test_a_request_that_comes_back_keeps_its_place(failed):
 def test_a_request_that_comes_back_has_its_first_deadline():
     core = admission()
     core.tick(0)
-    assert comes_back(core, 50, failed=True) is None
+    assert comes_back(core, 50, "failed") is None
     core.observe(report(sequence=2, free=0), 59)
     assert core.tick(59.9) == []
     assert [refusal.reservation for refusal in core.tick(60)] == ["again"]

@@ -211,14 +211,29 @@ def test_a_tenants_requests_are_known_until_each_is_settled():
     assert fair.of_tenant == {}
 
 
-def test_a_request_that_goes_on_under_another_reservation_is_charged_once():
+@pytest.mark.parametrize("is_settled", [False, True])
+def test_a_request_that_goes_on_under_another_reservation_keeps_its_start_and_is_charged_once(is_settled):
     fair = Shares()
     fair.advance(0, None)
     start = fair.charge("first", ("a", 0), 1, 10, 10)
-    assert fair.charge_again("again", "first") == start
-    assert fair.charge_again("more", "first") is None
-    assert fair.of_tenant == {"a": {"again"}}
+    fair.charge("later", ("a", 0), 1, 10, 10)
+    if is_settled:
+        fair.settle("first", 0, 10)
+    assert fair.charge_again("again", "first", 10) == start
+    assert fair.charge_again("more", "first", 10) is None
+    assert fair.of_tenant == {"a": {"again", "later"}}
     fair.settle("first", 100, 10)
     fair.settle("again", 100, 10)
-    assert fair.charge("next", ("a", 0), 1, 10, 10) == pytest.approx(start + 10)
-    assert fair.charges.keys() == {"next"}
+    assert fair.charge("next", ("a", 0), 1, 10, 10) == pytest.approx(start + 10 + 5)
+    assert fair.charges.keys() == {"later", "next"}
+
+
+def test_of_requests_that_have_ended_the_latest_are_remembered(monkeypatch):
+    monkeypatch.setattr("deploy.fairness.REMEMBERED_ENDS", 2)
+    fair = Shares()
+    fair.advance(0, None)
+    for name in ("r1", "r2", "r3"):
+        fair.charge(name, ("a", 0), 1, 10, 10)
+        fair.settle(name, 0, 10)
+    assert fair.charge_again("again", "r1", 10) is None
+    assert fair.charge_again("again", "r2", 10) is not None
