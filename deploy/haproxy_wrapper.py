@@ -10,6 +10,7 @@ Needs nothing but the standard library, because it is started without the enviro
   without asking whether it has room, under the reservation of the one that failed.
 - What HAProxy itself answers has OpenAI's shape, and says when to come back. Only where it cannot read a request's head
   it answers its own HTML, which HAProxy 2.8 leaves nobody to change.
+- Who sends no whole head in time is cut off: HAProxy would wait for an hour, and an old one of it would not end.
 - While no router can be reached, Serve's own balancing takes the requests, where Ray would answer 503.
 - Buffers as large as the largest body are kept and used again: HAProxy copies a whole one at every request that it may
   have to send again, and by default gives each back to the kernel, which fills it with zeros at its next use.
@@ -46,6 +47,9 @@ ANSWERED = (400, 408, 500, 502, 503, 504)
 
 KEPT_BYTES = 32 * 1024 * 1024
 """Of free buffers, by each of HAProxy's threads."""
+
+HEAD_SECONDS = 30
+"""For a request's head. A body's time is the router's."""
 
 _FRONTEND_RULES = f"""\
     bind unix@{{socket}} id {AGAIN_ID}
@@ -86,7 +90,9 @@ def adjusted(config: str, loopback: list[int], socket: str, answers: str) -> str
     for port in loopback:
         config = _once(config, rf"bind \*?:{port}\b", f"bind 127.0.0.1:{port}")
     own = "".join(f"    errorfile {status} {answers}/{status}.http\n" for status in ANSWERED)
-    config = _once(config, _ERROR_FILES, own)
+    # A load balancer that opens a connection and sends nothing on it is no error.
+    patience = f"    timeout http-request {HEAD_SECONDS}s\n    option http-ignore-probes\n"
+    config = _once(config, _ERROR_FILES, own + patience)
     config = _once(config, _BUFFERS, rf"\g<0>    tune.memory.hot-size {KEPT_BYTES}\n")
     config = _once(config, _NO_APPLICATION, "    http-request deny deny_status 503")
     config = _once(config, _FRONTEND, rf"\g<0>{_FRONTEND_RULES.format(socket=socket)}")

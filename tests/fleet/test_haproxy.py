@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 import deploy.haproxy
+from deploy import haproxy_wrapper
 from deploy.haproxy import free_ports
 from deploy.haproxy_wrapper import ASKED
 from deploy.settings import FleetSettings
@@ -107,6 +108,7 @@ class Setup:
     url: str
     router: Router
     router_server: asyncio.Server
+    router_port: int
     replicas: dict[str, Replica]
     ports: dict[str, int]
 
@@ -168,8 +170,9 @@ async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup
         ports = {name: (await serve(replica)).sockets[0].getsockname()[1] for name, replica in replicas.items()}
         (ports["gone"],) = free_ports(1)
         router_server = await serve(router)
-        url = await stack.enter_async_context(haproxy(folder, router_server.sockets[0].getsockname()[1], ports))
-        yield Setup(url, router, router_server, replicas, ports)
+        router_port = router_server.sockets[0].getsockname()[1]
+        url = await stack.enter_async_context(haproxy(folder, router_port, ports))
+        yield Setup(url, router, router_server, router_port, replicas, ports)
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +305,35 @@ async def test_what_haproxy_itself_says_of_a_body_has_openais_shape(
     assert line.split()[1] == str(status)
     assert answered["content-type"] == "application/json"
     assert json.loads(body)["error"]["code"] == status
+
+
+async def test_who_sends_no_whole_head_in_time_is_cut_off_and_a_slow_body_is_not(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a connection would keep a HAProxy that ends alive, and with it its pod."""
+    impatient = tmp_path / "wrapper.py"
+    text = Path(haproxy_wrapper.__file__).read_text()
+    impatient.write_text(text.replace(f"HEAD_SECONDS = {haproxy_wrapper.HEAD_SECONDS}", "HEAD_SECONDS = 1"))
+    monkeypatch.setattr(haproxy_wrapper, "__file__", str(impatient))
+    setup.script(["a"])
+
+    async def answered(url: str, *pieces: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(1.5)
+        answer = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        return answer
+
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    async with haproxy(tmp_path, setup.router_port, setup.ports) as url:
+        silent, half, slow = await asyncio.gather(
+            answered(url), answered(url, head), answered(url, head + b"content-length: 4\r\n\r\n", b"slow")
+        )
+    assert silent == b""
+    assert half.split()[1] == b"408"
+    assert slow.endswith(b"a:slow")
 
 
 async def test_while_no_router_can_be_reached_requests_flow(setup: Setup) -> None:
