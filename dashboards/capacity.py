@@ -204,7 +204,8 @@ def dashboard() -> Dashboard:
                 "queue_full and queue_deadline mean too little capacity; over_max_model_len and over_kv_pool are "
                 "requests that no replica can ever serve; no_replica means that none reports; concurrent_requests and "
                 "requests_per_minute are limits of a tier; no_key means no valid key where one is needed; bad_request, "
-                "unknown_model and body_too_large are faulty requests.",
+                "unknown_model and body_too_large are faulty requests; router_busy means that long prompts came faster "
+                "than a router counts their tokens.",
                 PER_SECOND, Query(f"sum by (reason) ({rate(REJECTIONS)})", "{{reason}}"), width=8,
             ),
         )),

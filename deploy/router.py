@@ -64,7 +64,8 @@ ANSWER_GRACE_SECONDS = 7.0
 SHORT_BODY_BYTES = 2048
 """Of about a millisecond's work."""
 BACKLOG_BYTES = 8 * 1024 * 1024
-"""Of longer bodies whose tokens are not counted yet: some ten seconds of work."""
+"""Of longer bodies whose tokens are not counted yet: some ten seconds of work. One tenant may have half of it, so that
+its bodies alone do not refuse another's."""
 BACKLOG_RETRY_SECONDS = 5
 RESOLVE_ATTEMPTS = 4
 RESOLVE_PAUSE_SECONDS = 0.5
@@ -85,10 +86,11 @@ _LATE = Answer(
 _BUSY = Answer(
     503,
     "ServiceUnavailableError",
-    f"Long prompts wait to be counted, {BACKLOG_BYTES >> 20} MiB of them: send the request again later.",
+    f"Long prompts wait to be counted, {BACKLOG_BYTES >> 20} MiB of them or half of that of this key: "
+    "send the request again later.",
     retry_after_seconds=BACKLOG_RETRY_SECONDS,
 )
-_REASONS = {404: "unknown_model", 413: "body_too_large", 503: "queue_full"}
+_REASONS = {404: "unknown_model", 413: "body_too_large", 503: "router_busy"}
 """Labels of the rejections metric, for answers that come of a body."""
 
 
@@ -118,7 +120,8 @@ class Router:
         # Tokenizers are not thread-safe: one for the event loop, and one for the thread that keeps long bodies off it.
         self._tokens, self._tokens_in_thread = ModelTokens(engine_arguments), ModelTokens(engine_arguments)
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens")
-        self._backlog_bytes = 0
+        self._backlog: Counter[str] = Counter()
+        """Bytes by tenant."""
         # HAProxy asks the router of its own node where there is one.
         self._node = ray.get_runtime_context().get_node_id()
         self._link = Link(_find_coordinator)
@@ -137,35 +140,36 @@ class Router:
 
     async def route(self, request: Request) -> dict[str, Any] | None:
         """HAProxy's question: the client's body, cut only where it is over the largest. The answer is `_route_to`'s, in
-        time; None where it is too late and no replica is there that could say so."""
+        time; None where no replica is there."""
         path, authorization = _asked(request)
-        tenant = self._access.keyring.tenant(authorization)
+        tenant, failed = self._access.keyring.tenant(authorization), _came_back(request)
         try:
             async with asyncio.timeout(self._answer_seconds):
-                return await self._routed(request, GENERATING.get(unquote(path)), tenant)
+                return await self._routed(request, GENERATING.get(unquote(path)), tenant, failed)
         except TimeoutError:
-            self._count_refusal(tenant.tier, "queue_deadline")
-            # Without the wait for one that `_any_replica` has.
-            there = list(self._listed().values())
-            return _route_to(random.choice(there), {REFUSAL: _LATE.encode()}) if there else None
+            self._release(failed)
+            return self._refused(_LATE, tenant.tier, "queue_deadline" if self._listed() else "no_replica")
 
-    async def _routed(self, request: Request, endpoint: Endpoint | None, tenant: Tenant) -> dict[str, Any]:
+    async def _routed(
+        self, request: Request, endpoint: Endpoint | None, tenant: Tenant, failed: str | None
+    ) -> dict[str, Any] | None:
+        """`failed`: the reservation under which a replica has failed this request already."""
         arrived_at = time.monotonic()
-        failed = _came_back(request)
         if self._access.is_required and not tenant.is_known:
             # The replica refuses it, which knows the path as well: here it only books nothing.
             self._count_refusal(tenant.tier, "no_key")
-            return _route_to(await self._any_replica(), {})
+            return self._to_anyone({})
         # The coordinator counts for all routers; what is too much for one alone is not even read.
         if failed is None and (
             busy := self._turnstile.begin(tenant.name, self._tiers[tenant.tier].allowance, arrived_at)
         ):
-            return await self._refused(busy, tenant.tier, "requests_per_minute")
+            return self._refused(busy, tenant.tier, "requests_per_minute")
         if endpoint is None:
             return _route_to(await self._any_replica(), {KIND: NOTHING_BOOKED})
         examined = await self._examined(await request.body(), endpoint, tenant)
         if isinstance(examined, Answer):
-            return await self._refused(examined, tenant.tier, _REASONS.get(examined.status, "bad_request"))
+            self._release(failed)
+            return self._refused(examined, tenant.tier, _REASONS.get(examined.status, "bad_request"))
         demand = replace(examined.demand, node=self._node, former=failed)
         examined = replace(examined, demand=demand)
         return await self._placed(examined, endpoint, failed, arrived_at)
@@ -178,19 +182,19 @@ class Router:
         # it, and short ones do not wait behind long ones.
         if len(body) <= SHORT_BODY_BYTES:
             return examine(*given, self._tokens, *rules)
-        if self._backlog_bytes + len(body) > BACKLOG_BYTES:
+        mine = self._backlog[tenant.name] + len(body)
+        if mine > BACKLOG_BYTES / 2 or self._backlog.total() + len(body) > BACKLOG_BYTES:
             return _BUSY
-        self._backlog_bytes += len(body)
+        self._backlog[tenant.name] = mine
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, examine, *given, self._tokens_in_thread, *rules)
         finally:
-            self._backlog_bytes -= len(body)
+            self._backlog -= Counter({tenant.name: len(body)})  # drops what is 0
 
     async def _placed(
         self, request: Admissible, endpoint: Endpoint, failed: str | None, arrived_at: float
-    ) -> dict[str, Any]:
-        """`failed`: the reservation under which a replica has failed this request already."""
+    ) -> dict[str, Any] | None:
 
         def headers(reservation: str, length_class: str | None = None) -> dict[str, str]:
             values = {
@@ -211,7 +215,7 @@ class Router:
             if decision is None:
                 break
             if isinstance(decision, Refusal):
-                return _route_to(await self._any_replica(), {REFUSAL: _answer(decision).encode()})
+                return self._to_anyone({REFUSAL: _answer(decision).encode()})
             if replica := self._listed().get(decision.replica):
                 return _route_to(replica, headers(decision.reservation, decision.length_class))
             await self._ask(None, "release", decision.reservation)
@@ -230,7 +234,7 @@ class Router:
             pair: DecisionPair | None = await self._ask(DecisionPair, "acquire", demand, failed)
         except asyncio.CancelledError:
             # HAProxy waits for it no longer, so Serve cancels this task; in the coordinator it would wait on.
-            self._in_background(self._ask(None, "release", demand.reservation))
+            self._release(demand.reservation)
             raise
         decision = None if pair is None else pair[0] or pair[1]
         if decision is not None and (self._refused_alone or self._placed_alone):
@@ -272,9 +276,19 @@ class Router:
             if report is not None:
                 await self._ask(None, "report", report)
 
-    async def _refused(self, answer: Answer, tier: str, reason: str) -> dict[str, Any]:
+    def _release(self, reservation: str | None) -> None:
+        """In the background; nothing happens to one that has ended."""
+        if reservation:
+            self._in_background(self._ask(None, "release", reservation))
+
+    def _refused(self, answer: Answer, tier: str, reason: str) -> dict[str, Any] | None:
         self._count_refusal(tier, reason)
-        return _route_to(await self._any_replica(), {REFUSAL: answer.encode()})
+        return self._to_anyone({REFUSAL: answer.encode()})
+
+    def _to_anyone(self, headers: dict[str, str]) -> dict[str, Any] | None:
+        """Where a request goes that is refused; None where no replica is there that could say so: it waits for none."""
+        there = list(self._listed().values())
+        return _route_to(random.choice(there), headers) if there else None
 
     def _count_refusal(self, tier: str, reason: str) -> None:
         self._refused_alone[tier, reason] += 1

@@ -20,6 +20,7 @@ REJECTION_REASONS = (
     "bad_request",
     "unknown_model",
     "body_too_large",
+    "router_busy",
 )
 WAIT_BUCKETS_SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 

@@ -97,7 +97,8 @@ class Keyring:
 
     def _reread(self) -> None:
         """What is wrong with a version of the file is said once. A line with a mistake does not count and the others
-        do, so that a slip delays no revocation; a file that cannot be read leaves the keys as they were until it can."""
+        do, so that a slip delays no revocation; a file that cannot be read leaves the keys as they were, until it can
+        be."""
         if self._file is None or (seen := _version(self._file)) == self._seen:
             return
         try:

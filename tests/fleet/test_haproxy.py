@@ -307,14 +307,17 @@ async def test_what_haproxy_itself_says_of_a_body_has_openais_shape(
     assert json.loads(body)["error"]["code"] == status
 
 
-async def test_who_sends_no_whole_head_in_time_is_cut_off_and_a_slow_body_is_not(
-    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such a connection would keep a HAProxy that ends alive, and with it its pod."""
+@pytest.fixture
+def a_second_for_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient = tmp_path / "wrapper.py"
     text = Path(haproxy_wrapper.__file__).read_text()
     impatient.write_text(text.replace(f"HEAD_SECONDS = {haproxy_wrapper.HEAD_SECONDS}", "HEAD_SECONDS = 1"))
     monkeypatch.setattr(haproxy_wrapper, "__file__", str(impatient))
+
+
+@pytest.mark.usefixtures("a_second_for_the_head")
+async def test_who_sends_no_whole_head_in_time_is_cut_off_and_a_slow_body_is_not(setup: Setup, tmp_path: Path) -> None:
+    """Such a connection would keep a HAProxy that ends alive, and with it its pod."""
     setup.script(["a"])
 
     async def answered(url: str, *pieces: bytes) -> bytes:

@@ -1,7 +1,9 @@
 """What the router does about time: it answers HAProxy before that gives up on it. No Ray, no coordinator."""
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import json
 import threading
 import time
@@ -13,10 +15,10 @@ from starlette.requests import Request
 import bundled
 import deploy.router
 from deploy import listed
-from deploy.haproxy_wrapper import ASKED
-from deploy.messages import Placement
+from deploy.haproxy_wrapper import AGAIN_PREFIX, ASKED
+from deploy.messages import Placement, Refusal
 from deploy.requests import Served
-from replicas.access import Access, Keyring
+from replicas.access import Access, Keyring, Tenant
 from replicas.headers import REFUSAL, RESERVATION, Answer
 from replicas.limits import RequestLimits
 
@@ -27,7 +29,8 @@ MODEL_ARGUMENTS = {"model": str(bundled.MODEL)}
 
 
 class Coordinator:
-    """Stands for the link to it: gives these decisions in turn and then none; remembers what was released."""
+    """Stands for the link to it: gives these decisions in turn and then none; remembers what was released. It refuses
+    in place of a replica None."""
 
     def __init__(self, *replicas):
         self.replicas = list(replicas)
@@ -43,7 +46,14 @@ class Coordinator:
             self.asked += 1
             if not self.replicas:
                 await asyncio.Event().wait()
-            return Placement(arguments[0].reservation, self.replicas.pop(0), "most_headroom", "short"), None
+            reservation, replica = arguments[0].reservation, self.replicas.pop(0)
+            if replica is None:
+                return None, Refusal(reservation, 503, "no_replica", "No replica has reported.", 5)
+            return Placement(reservation, replica, "most_headroom", "short"), None
+
+
+NO_KEYS = Keyring({})
+KEYS = Keyring({hashlib.sha256(key.encode()).digest(): Tenant(key, "default") for key in "abc"})
 
 
 @pytest.fixture
@@ -56,7 +66,7 @@ def serve(monkeypatch):
     monkeypatch.setitem(listed.BY_DEPLOYMENT, "replica", {"a": REPLICA})
 
 
-def router(coordinator, queue_deadline_seconds=0.3):
+def router(coordinator, queue_deadline_seconds=0.3, keyring=NO_KEYS, is_key_needed=False):
     @contextlib.asynccontextmanager
     async def choose_replica(_reserve):
         if not listed.BY_DEPLOYMENT["replica"]:
@@ -74,20 +84,23 @@ def router(coordinator, queue_deadline_seconds=0.3):
         Served("m", 4096),
         queue_deadline_seconds,
         {},
-        Access(Keyring({}), False),
+        Access(keyring, is_key_needed),
         RequestLimits(),
     )
     made._link = coordinator
     return made
 
 
-def question(characters=10):
-    body = json.dumps({"prompt": "x" * characters, "max_tokens": 1}).encode()
+def question(characters=10, key="", failed=None, path="/v1/completions", **fields):
+    body = json.dumps({"prompt": "x" * characters, "max_tokens": 1, **fields}).encode()
 
     async def receive():
         return {"type": "http.request", "body": body, "more_body": False}
 
-    headers = [(ASKED.encode(), b"/v1/completions ")]
+    asked = f"{path} {base64.b64encode(f'Bearer {key}'.encode()).decode()}"
+    headers = [(ASKED.encode(), asked.encode())]
+    if failed is not None:
+        headers.append((b"x-request-id", f"{AGAIN_PREFIX}{failed}".encode()))
     return Request({"type": "http", "method": "POST", "path": "/internal/route", "headers": headers}, receive)
 
 
@@ -116,7 +129,26 @@ async def test_all_attempts_to_place_a_request_have_one_deadline_from_its_arriva
 
 async def test_without_any_replica_haproxy_is_told_so_in_time(serve, monkeypatch):
     monkeypatch.setitem(listed.BY_DEPLOYMENT, "replica", {})
-    assert await router(Coordinator("a")).route(question()) is None
+    coordinator = Coordinator("a")
+    assert await router(coordinator).route(question()) is None
+    await asyncio.sleep(0.01)
+    assert coordinator.refused == [("default", "no_replica")]
+
+
+@pytest.mark.parametrize(
+    ("asks", "is_key_needed", "counted"),
+    [({}, False, []), ({"n": -1}, False, ["bad_request"]), ({}, True, ["no_key"])],
+)
+async def test_a_refusal_that_no_replica_is_there_to_answer_is_counted_once_and_waits_for_none(
+    serve, monkeypatch, asks, is_key_needed, counted
+):
+    """The coordinator has counted its own."""
+    monkeypatch.setitem(listed.BY_DEPLOYMENT, "replica", {})
+    coordinator = Coordinator(None)
+    asked = router(coordinator, queue_deadline_seconds=60, is_key_needed=is_key_needed)
+    assert await asyncio.wait_for(asked.route(question(**asks)), 5) is None
+    await asyncio.sleep(0.01)
+    assert coordinator.refused == [("default", reason) for reason in counted]
 
 
 async def test_a_coordinator_that_does_not_answer_is_gone_before_a_request_is_late(serve, monkeypatch):
@@ -125,24 +157,57 @@ async def test_a_coordinator_that_does_not_answer_is_gone_before_a_request_is_la
     assert RESERVATION in answer["request_headers"]
 
 
-async def test_long_prompts_wait_up_to_a_bound_and_short_ones_do_not_wait_for_them(serve, monkeypatch):
+@pytest.fixture
+def slowly(monkeypatch):
+    """Long prompts are not counted until this is set; 10,000 bytes of them may wait."""
     monkeypatch.setattr(deploy.router, "BACKLOG_BYTES", 10_000)
     counted, examine = threading.Event(), deploy.router.examine
 
-    def slowly(body, *rest):
+    def waits(body, *rest):
         if len(body) > deploy.router.SHORT_BODY_BYTES:
             counted.wait(10)
         return examine(body, *rest)
 
-    monkeypatch.setattr(deploy.router, "examine", slowly)
-    coordinator = Coordinator(*"aaaa")
-    asked = router(coordinator, queue_deadline_seconds=60)
-    waiting = [asyncio.create_task(asked.route(question(3000))) for _ in range(3)]
+    monkeypatch.setattr(deploy.router, "examine", waits)
+    yield counted
+    counted.set()
+
+
+async def held_back(asked, keys):
+    """A long prompt of each key, which waits to be counted."""
+    waiting = [asyncio.create_task(asked.route(question(2400, key))) for key in keys]
     await asyncio.sleep(0.01)
-    busy = refusal(await asked.route(question(3000)))
+    return waiting
+
+
+async def test_long_prompts_wait_up_to_a_bound_and_short_ones_do_not_wait_for_them(serve, slowly):
+    coordinator = Coordinator(*"aaaaa")
+    asked = router(coordinator, queue_deadline_seconds=60, keyring=KEYS)
+    waiting = await held_back(asked, "aabb")
+    busy = refusal(await asked.route(question(2400, "c")))
     assert (busy.status, busy.retry_after_seconds) == (503, deploy.router.BACKLOG_RETRY_SECONDS)
     assert RESERVATION in (await asked.route(question()))["request_headers"]
-    counted.set()
+    slowly.set()
     assert all(RESERVATION in answer["request_headers"] for answer in await asyncio.gather(*waiting))
-    assert asked._backlog_bytes == 0
-    assert coordinator.refused == [("default", "queue_full")]
+    assert not asked._backlog
+    assert coordinator.refused == [("default", "router_busy")]
+
+
+async def test_long_prompts_of_one_key_leave_half_of_the_bound_to_others(serve, slowly):
+    asked = router(Coordinator(*"aaa"), queue_deadline_seconds=60, keyring=KEYS)
+    waiting = await held_back(asked, "aa")
+    assert refusal(await asked.route(question(2400, "a"))).status == 503
+    waiting += await held_back(asked, "b")
+    slowly.set()
+    assert all(RESERVATION in answer["request_headers"] for answer in await asyncio.gather(*waiting))
+
+
+@pytest.mark.parametrize("others", ["aa", ""])
+async def test_a_retry_that_the_router_refuses_ends_what_its_replica_failed(serve, slowly, others):
+    """At once, or as it is late."""
+    coordinator = Coordinator()
+    asked = router(coordinator, keyring=KEYS)
+    await held_back(asked, others)
+    assert refusal(await asked.route(question(2400, "a", failed="rsv0"))).status == 503
+    await asyncio.sleep(0.01)
+    assert coordinator.released == ["rsv0"]
