@@ -166,7 +166,6 @@ class Admission:
         """The replica is gone: its bookings end, its series disappear, late reports of it are ignored."""
         self._ledger.remove(replica, now)
         self._placements.pop(replica, None)
-        self._usage.leave(replica)
         return self._serve(now)
 
     def report_age(self, replica: str, now: float) -> float:
