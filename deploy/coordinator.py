@@ -139,12 +139,12 @@ class Coordinator:
         self._placed_by_router.update(placed)
         return True
 
-    async def listed(self, node: str, replicas: frozenset[str] | None) -> list[str] | None:
-        """The router of a node tells where requests reach a replica, or with None that this has not changed; it should
+    async def listed(self, router: str, replicas: frozenset[str] | None) -> list[str] | None:
+        """A router tells where requests reach a replica, or with None that this has not changed; it should
         ask those returned to report: they are silent. Returns None where it has to tell anew: after a restart."""
         now = time.monotonic()
         before = self._reachable.by_all
-        if not self._reachable.hear(node, replicas, now):
+        if not self._reachable.hear(router, replicas, now):
             return None
         by_all = self._reachable.by_all
         if by_all is not None and by_all != before:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import random
 import time
+import uuid
 from collections import Counter
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -124,6 +125,8 @@ class Router:
         """Bytes by tenant."""
         # HAProxy asks the router of its own node where there is one.
         self._node = ray.get_runtime_context().get_node_id()
+        # While Serve updates the router a node has two, and what the old one said must end with it.
+        self._name = uuid.uuid4().hex
         self._link = Link(_find_coordinator)
         self._refused_alone: Counter[tuple[str, str]] = Counter()
         self._placed_alone: Counter[str] = Counter()
@@ -258,7 +261,7 @@ class Router:
                     reachable = frozenset(ReplicaID.from_full_id_str(name).unique_id for name in names)
                     # None: as told before. Not to be relied on until the coordinator says that it knows.
                     news, told = None if reachable == told else reachable, None
-                    silent = await self._ask(list[str] | None, "listed", self._node, news)
+                    silent = await self._ask(list[str] | None, "listed", self._name, news)
                     if silent is not None:
                         told = reachable
                     for replica in silent or ():

@@ -13,10 +13,12 @@ import pytest
 from starlette.requests import Request
 
 import bundled
+import deploy.reachable
 import deploy.router
 from deploy import listed
 from deploy.haproxy_wrapper import AGAIN_PREFIX, ASKED
 from deploy.messages import Placement, Refusal
+from deploy.reachable import Reachable
 from deploy.requests import Served
 from replicas.access import Access, Keyring, Tenant
 from replicas.headers import REFUSAL, RESERVATION, Answer
@@ -211,3 +213,31 @@ async def test_a_retry_that_the_router_refuses_ends_what_its_replica_failed(serv
     assert refusal(await asked.route(question(2400, "a", failed="rsv0"))).status == 503
     await asyncio.sleep(0.01)
     assert coordinator.released == ["rsv0"]
+
+
+async def test_what_a_router_said_counts_no_longer_when_it_has_ended_though_its_node_has_another(serve, monkeypatch):
+    """Serve replaces a router while it updates. The old one told last, and too few replicas."""
+    monkeypatch.setattr(deploy.router, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(deploy.reachable, "ROUTER_GONE_SECONDS", 0.2)
+    known = {"new": {"SERVE_REPLICA::app#d#a", "SERVE_REPLICA::app#d#b"}, "old": {"SERVE_REPLICA::app#d#a"}}
+
+    async def told_by_haproxy(_socket, _of_serve):
+        return known[asyncio.current_task().get_name()]
+
+    monkeypatch.setattr(deploy.router.haproxy_servers, "reachable", told_by_haproxy)
+    heard = Reachable()
+
+    class Hears:
+        async def call(self, _kind, _method, name, replicas):
+            return [] if heard.hear(name, replicas, time.monotonic()) else None
+
+    new = asyncio.create_task(router(Hears())._watch(), name="new")
+    await asyncio.sleep(0.1)
+    assert heard.by_all == {"a", "b"}
+    old = asyncio.create_task(router(Hears())._watch(), name="old")
+    await asyncio.sleep(0.1)
+    assert heard.by_all == {"a"}
+    old.cancel()
+    await asyncio.sleep(0.4)
+    assert heard.by_all == {"a", "b"}
+    new.cancel()
