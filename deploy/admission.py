@@ -302,7 +302,7 @@ class Admission:
         self._shares[waiting.kind].placed(waiting.demand.reservation)
         counts = self._counts[waiting.demand.tier]
         counts.admissions += 1
-        counts.waits[waiting.kind].observe(now - waiting.since)
+        counts.waits[waiting.kind].observe(max(0.0, now - began))
         self._placements[replica][name] += 1
         self._prefixes.note(waiting.demand.prefix, replica)
         return Placement(waiting.demand.reservation, replica, name, waiting.kind)

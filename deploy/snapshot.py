@@ -49,7 +49,8 @@ class TierCounts:
     rejections: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REJECTION_REASONS, 0))
     """By reason; every reason of REJECTION_REASONS is there."""
     waits: dict[str, WaitHistogram] = field(default_factory=lambda: {SHORT: WaitHistogram(), LONG: WaitHistogram()})
-    """Time from submission to placement by class; 0 seconds for those who did not wait."""
+    """Time from submission to placement by class; 0 seconds for those who did not wait. A request that is placed anew
+    is submitted anew, and counts again."""
 
     def copy(self) -> "TierCounts":
         waits = {kind: histogram.copy() for kind, histogram in self.waits.items()}

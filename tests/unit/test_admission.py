@@ -198,6 +198,16 @@ def test_a_request_that_comes_back_keeps_its_place(way):
     assert [d.reservation for d in core.observe(report("b", sequence=3, free=40), 5)] == ["again"]
 
 
+@pytest.mark.parametrize("way", ["released", "failed"])
+def test_a_request_that_comes_back_counts_as_waiting_only_for_its_new_place(way):
+    core = admission()
+    core.observe(report("b", free=0), 0)
+    comes_back(core, 5, way)
+    core.observe(report("b", sequence=2, free=40), 7)
+    tiers = core.snapshot(7).tiers
+    assert [tiers["default"].counts.waits["long"].sum_seconds, tiers["default"].counts.admissions] == [2, 2]
+
+
 def test_a_request_that_comes_back_has_its_first_deadline():
     core = admission()
     core.tick(0)
