@@ -32,6 +32,9 @@ CONNECTIONS = 1024
 # Beyond the queue's deadline: the router must answer before HAProxy gives up on it.
 ROUTER_GRACE_SECONDS = 10
 
+# For so long Serve lets a client's connection be idle.
+IDLE_SECONDS = 90
+
 OWN_PORTS = range(20_000, 32_000)
 # A pod has its ports for itself; these are Ray's own defaults.
 POD_STATS_PORT, POD_METRICS_PORT = 8404, 9101
@@ -81,6 +84,10 @@ def environment(settings: FleetSettings) -> dict[str, str]:
         # HAProxy starts anew whenever a replica comes or goes, and the old process cuts its streams after this: no
         # request is there for longer.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(patience + math.ceil(settings.limits.request_seconds)),
+        # A dead replica's port goes to another when no former HAProxy sends to it any more: a connection that is idle
+        # there may bring one more request, whose head, body and router each take their time. Ray's default is
+        # the hard stop's time, in which replicas that die over and over would take all of a node's thousand ports.
+        "RAY_SERVE_PORT_QUARANTINE_S": str(IDLE_SECONDS + haproxy_wrapper.HEAD_SECONDS + 2 * patience),
     }
 
 

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 import deploy.haproxy
 import deploy.router
+from deploy import haproxy_wrapper
 from deploy.listing_router import ListingRouter
 from deploy.settings import FleetSettings, parse_settings
 from replicas import headers
@@ -92,6 +93,15 @@ def test_the_router_may_answer_later_than_the_queue_decides_and_answers_before_h
     patience = float(variables["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"])
     assert patience >= deadline + deploy.router.ANSWER_GRACE_SECONDS + 3
     assert deploy.router.ANSWER_GRACE_SECONDS > deploy.router.COORDINATOR_GRACE_SECONDS
+
+
+def test_a_replicas_port_rests_while_a_former_haproxy_may_send_there_and_not_for_as_long_as_its_streams_live() -> None:
+    variables = deploy.haproxy.environment(FleetSettings(served_model_name="m"))
+    rests = float(variables["RAY_SERVE_PORT_QUARANTINE_S"])
+    idle = constants.DEFAULT_UVICORN_KEEP_ALIVE_TIMEOUT_S
+    patience = float(variables["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"])
+    assert rests >= idle + haproxy_wrapper.HEAD_SECONDS + 2 * patience
+    assert rests < 600
 
 
 def test_haproxys_own_pages_are_bound_as_the_wrapper_expects() -> None:
