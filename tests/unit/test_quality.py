@@ -1,6 +1,7 @@
 """`trifleet evaluate` without an engine: intervals, reductions, problems of a file, names of policies, plots."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def test_problems_of_a_file_are_right_where_the_last_line_has_the_answer_as_word
     for reply in ("", "142", "42.5", "4 2", "42\nor rather 41"):
         assert not numbers.is_correct(reply)
     assert capitals.is_correct("It is Madrid!")
+
+
+def test_problems_reach_the_process_of_an_engine(tmp_path: Path) -> None:
+    file = tmp_path / "sums.jsonl"
+    file.write_text('{"prompt": "6 x 7?", "answer": "42"}')
+    for problem in (*from_file(file, max_tokens=50), *held_out("needle", 1, 300, 500)):
+        arrived = pickle.loads(pickle.dumps(problem))
+        assert arrived.is_correct(problem.reply or "42")
+        assert not arrived.is_correct("41")
 
 
 @pytest.mark.parametrize(
