@@ -177,12 +177,20 @@ def run_cell(
     kv_cache_bytes: int,
     number: int,
 ) -> EngineRun:
-    """`run` in a process of its own (see `prepare`); every answer is told as (`number`, whether it is right)."""
+    """`run` in a process of its own (see `prepare`); every answer is told as (`number`, whether it is right).
+
+    Raises ValueError, one sentence, whatever vLLM raised: some of its errors do not get through to another process.
+    """
 
     def done(correct: bool) -> None:
         _answers.put((number, correct))
 
-    return run(model, compression, problems, sequences, kv_cache_bytes, done)
+    try:
+        return run(model, compression, problems, sequences, kv_cache_bytes, done)
+    except Exception as error:
+        from triattention.vllm.diagnosis import sentence  # imports vLLM
+
+        raise ValueError(sentence(error)) from None
 
 
 def _is(internal: str, request: str) -> bool:
