@@ -23,6 +23,7 @@ import httpx
 import numpy as np
 
 import bundled
+from benchmarks.environment import engine_environment
 from benchmarks.machine import machine
 from deploy.fleet import running_fleet
 from deploy.haproxy import free_ports
@@ -139,12 +140,7 @@ def _vllm_server(settings: FleetSettings) -> Iterator[str]:
         flag = f"--{name.replace('_', '-')}"
         command += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
-    environment = os.environ | {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = os.environ | engine_environment() | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import bundled
+from benchmarks.environment import engine_environment
 from benchmarks.quality.problems import Problem, ProblemError, from_file, held_out
 from benchmarks.quality.report import FULL, Report
 from bundled import tasks
@@ -82,8 +83,8 @@ def evaluate(
 
     # An engine and whoever steps it share a process, so that blocks can be read between steps; and all logs stay quiet.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for name, value in engine_environment().items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")

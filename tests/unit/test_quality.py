@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.environment import engine_environment
 from benchmarks.quality.engine import EngineRun, Reply
 from benchmarks.quality.policies import PolicyError, compression
 from benchmarks.quality.problems import Problem, ProblemError, from_file, held_out
@@ -180,3 +181,10 @@ def test_the_command_refuses_mistakes_before_any_engine_starts(tmp_path: Path) -
         result = runner.invoke(app, ["evaluate", "--instances", "1", *arguments])
         assert result.exit_code == 1
         assert sentence in " ".join(result.output.split())
+
+
+def test_an_engine_on_a_gpu_needs_no_nvcc_and_whoever_has_one_may_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    assert engine_environment()["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
+    assert engine_environment()["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
