@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.model_shape import ModelError, read_shape
-from deploy.output import writable
+from deploy.output import picture, writable
 from deploy.plan import GIB, Gpu, Load, Plan, PlanError, Prices, Side, make_plan
 from triattention.config import CompressionConfig
 
@@ -47,7 +47,7 @@ def plan(
         Path | None, typer.Option("--json", help="Write the figures to this file.", callback=writable)
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the plan into this file (PNG, SVG or PDF).", callback=writable)
+        Path | None, typer.Option(help="Draw the plan into this file (PNG, SVG or PDF).", callback=picture)
     ] = None,
 ) -> None:
     """Plan capacity: requests a GPU holds, and GPUs for so many users, with and without compression."""
