@@ -204,7 +204,7 @@ def trace(
 
 @app.command()
 def start(json_path: Json = None, file: Settings = LOCAL) -> None:
-    """From `trifleet up` to the first answer, and what takes the time."""
+    """From where `trifleet up` reads its settings to the first answer, and what takes the time."""
     from benchmarks.start import bench_start
 
     figures = bench_start(file)

@@ -1,4 +1,4 @@
-"""Variables of a process that runs an engine. Imports nothing: vLLM and torch read them once, when they are imported."""
+"""Variables of a process that runs an engine. Imports nothing: vLLM and torch read them when they are imported."""
 
 import os
 

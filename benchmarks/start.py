@@ -1,4 +1,4 @@
-"""From `trifleet up` to the first answer, and what takes the time: `trifleet bench start`."""
+"""From where `trifleet up` reads its settings to the first answer, and what takes the time: `trifleet bench start`."""
 
 import time
 from pathlib import Path
