@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -51,6 +51,8 @@ def plan(
     ] = None,
 ) -> None:
     """Plan capacity: requests a GPU holds, and GPUs for so many users, with and without compression."""
+    if price_kwh is not None and watts is None:
+        _fail(f"--price-kwh is {price_kwh}, but --watts is not set: set it to the power that one GPU draws.")
     try:
         # Only sizes matter here, so the policy is one that needs no statistics.
         compression = CompressionConfig.model_validate(
@@ -83,7 +85,7 @@ def plan(
         console.print(f"Picture: {plot}", soft_wrap=True, highlight=False)
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str) -> NoReturn:
     console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(1)
 
