@@ -2,19 +2,36 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
+from typer.core import TyperGroup
 
-from deploy.output import writable
+from deploy.fleet import FleetError, end_politely
+from deploy.output import picture, writable
+from deploy.settings import SettingsError
 
 if TYPE_CHECKING:
     from benchmarks.models import Name
 
-app = typer.Typer(no_args_is_help=True)
+
+class _Sentences(TyperGroup):
+    """Its commands end politely, and known mistakes as a sentence and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        end_politely()
+        try:
+            return super().invoke(ctx)
+        except (SettingsError, FleetError) as error:
+            Console().print(str(error), style="red", markup=False, highlight=False)
+            sys.exit(1)
+
+
+app = typer.Typer(cls=_Sentences, no_args_is_help=True)
 
 LOCAL = Path(__file__).parents[1] / "deploy" / "configs" / "local.yaml"
 Settings = Annotated[Path, typer.Option("--file", "-f", help="the fleet's settings")]
@@ -30,9 +47,6 @@ ALL_POOLS = "8192,16384,65536"
 @app.callback()
 def _measure() -> None:
     """Measure what the README states."""
-    from deploy.fleet import end_politely
-
-    end_politely()
 
 
 @app.command()
@@ -190,7 +204,7 @@ def trace(
 
 @app.command()
 def start(json_path: Json = None, file: Settings = LOCAL) -> None:
-    """From `trifleet up` to the first answer, and what takes the time."""
+    """From where `trifleet up` reads its settings to the first answer, and what takes the time."""
     from benchmarks.start import bench_start
 
     figures = bench_start(file)
@@ -211,11 +225,13 @@ def sweep(
     pools: Annotated[str, typer.Option(help="KV memory in tokens, separated by commas")] = ALL_POOLS,
 ) -> None:
     """Plain vLLM and ours over loads and sizes of KV memory: where compression pays, where not (about 25 minutes)."""
+    name = _model(model)
+    shapes = [_numbers("--loads", load, "REQUESTSxOUTPUT_TOKENS", ALL_LOADS) for load in loads.split(",")]
+    sizes = [_numbers("--pools", pool, "TOKENS", ALL_POOLS)[0] for pool in pools.split(",")]
+
     from benchmarks.sweep import bench_sweep, table_of
 
-    pairs = [load.split("x") for load in loads.split(",")]
-    shapes = [(int(requests), int(output_tokens)) for requests, output_tokens in pairs]
-    figures = bench_sweep(_model(model), shapes, [int(pool) for pool in pools.split(",")], seconds)
+    figures = bench_sweep(name, [(requests, tokens) for requests, tokens in shapes], sizes, seconds)
     _report(table_of(figures), figures, json_path)
 
 
@@ -294,6 +310,11 @@ def fuzz(
     seed: int = 0,
 ) -> None:
     """Hostile requests, made from the endpoint's own OpenAPI document: no unmeant 5xx, nothing hung, nothing leaked."""
+    if find_spec("schemathesis") is None:
+        raise FleetError(
+            "schemathesis, which makes the requests, is not installed: install it with its dependencies as "
+            "requirements/cpu.txt pins them"
+        )
     from benchmarks.fuzz import bench_fuzz
 
     figures = bench_fuzz(file, cases, seed)
@@ -318,7 +339,7 @@ def fleet_sim(
     scenario: Annotated[str, typer.Option(help="busy, moderate, light, overload, or busy-reserving")] = "busy",
     seed: int = 0,
     processes: Annotated[int, typer.Option(min=1, help="routers simulated at once")] = 2,
-    plot: Annotated[Path | None, typer.Option(help="file for the picture (PNG)", callback=writable)] = None,
+    plot: Annotated[Path | None, typer.Option(help="file for the picture (PNG, SVG or PDF)", callback=picture)] = None,
     json_path: Json = None,
 ) -> None:
     """Headroom against other ways to route: the coordinator's own code, simulated replicas, virtual time."""
@@ -351,6 +372,14 @@ def _model(name: str) -> "Name":
         if known == name:
             return known
     raise typer.BadParameter(f"there is no model {name}: choose one of {', '.join(NAMES)}")
+
+
+def _numbers(option: str, text: str, form: str, example: str) -> list[int]:
+    """The numbers of one part of an option's value, as many as its form has, all of them above 0."""
+    parts = text.split("x")
+    if len(parts) != len(form.split("x")) or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise typer.BadParameter(f'{option} has "{text}": write {form}, separated by commas, as in {example}')
+    return [int(part) for part in parts]
 
 
 def _spread(figures: dict[str, Any], name: str) -> str:

@@ -23,9 +23,11 @@ import httpx
 import numpy as np
 
 import bundled
+from benchmarks.environment import engine_environment
 from benchmarks.machine import machine
 from deploy.fleet import running_fleet
 from deploy.haproxy import free_ports
+from deploy.keys import key_header
 from deploy.settings import FleetSettings, load_settings
 from triattention.vllm import engine_arguments, on_this_machine
 
@@ -61,7 +63,8 @@ async def _compare(urls: dict[str, str], settings: FleetSettings, rounds: int, s
     under_load: dict[str, list[float]] = {name: [] for name in urls}
     between: dict[str, list[float]] = {name: [] for name in urls}
     alone: dict[str, list[float]] = {name: [] for name in urls}
-    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=300, limits=limits, headers=key_header()) as client:
         for turn in range(-1, rounds):  # the first round of each side is not counted
             for name in _turn(urls, turn):
                 bodies = [_body(settings, FIRST_SEED[name] + turn * STREAMS + i, STREAM_TOKENS) for i in range(STREAMS)]
@@ -129,22 +132,30 @@ async def _stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> 
     return waits[0], waits[1:]
 
 
+def flags(arguments: dict[str, Any]) -> list[str]:
+    """Arguments of vLLM's engine as its command line takes them."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(_word(one) for one in (value if isinstance(value, list) else [value]))]
+    return words
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
 @contextmanager
 def _vllm_server(settings: FleetSettings) -> Iterator[str]:
     """vLLM's own API server with the engine arguments of a replica."""
     (port,) = free_ports(1)
     arguments = on_this_machine(settings.engine_arguments()) | engine_arguments(settings.compression)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    for name, value in arguments.items():
-        flag = f"--{name.replace('_', '-')}"
-        command += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
-    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
-    environment = os.environ | {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": "1",
-    }
+    command += [*flags(arguments), "--disable-log-stats", "--disable-uvicorn-access-log"]
+    environment = os.environ | engine_environment() | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:

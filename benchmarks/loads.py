@@ -4,13 +4,10 @@ which read their environment once.
 
 import os
 
-# One thread an engine and the worker in the engine's process, as a replica of the fleet runs on a CPU.
-os.environ.update(
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-    OMP_NUM_THREADS="1",
-)
+from benchmarks.environment import engine_environment
+
+# One thread an engine, as a replica of the fleet runs on a CPU.
+os.environ.update(engine_environment(), OMP_NUM_THREADS="1")
 
 from dataclasses import dataclass
 from typing import Any

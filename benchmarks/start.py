@@ -1,4 +1,4 @@
-"""From `trifleet up` to the first answer, and what takes the time: `trifleet bench start`."""
+"""From where `trifleet up` reads its settings to the first answer, and what takes the time: `trifleet bench start`."""
 
 import time
 from pathlib import Path
@@ -8,6 +8,7 @@ import httpx
 
 from benchmarks.machine import machine
 from deploy.fleet import running_fleet
+from deploy.keys import key_header
 from deploy.settings import load_settings
 
 
@@ -29,7 +30,7 @@ def bench_start(settings_file: Path) -> dict[str, Any]:
     with running_fleet(settings, progress) as url:
         progress("first answer")
         body = {"model": settings.served_model_name, "prompt": "1 2 3", "max_tokens": 1}
-        httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
+        httpx.post(f"{url}/v1/completions", json=body, timeout=120, headers=key_header()).raise_for_status()
         progress("done")
         seconds = time.monotonic() - began
     parts.pop("done", None)  # the stop

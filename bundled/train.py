@@ -215,6 +215,9 @@ def train(
     trainer = Trainer(tokens, compile)
     if checkpoint.exists():
         trainer.load(checkpoint)
+        print(f"{checkpoint} is of an earlier run, which goes on from its step {trainer.step:,}.", flush=True)
+        if start_from is not None:
+            print(f"Nothing is taken from {start_from}: for a new run, remove {checkpoint} or set --checkpoint.")
     elif start_from is not None:
         trainer.start_from(start_from)
     curriculum, kinds = Curriculum(tokens), Kinds(tokens)

@@ -20,7 +20,12 @@ def export_command(
     """Write the dashboards as JSON for Grafana's import, and the rules as YAML for Prometheus."""
     from dashboards.catalog import export, export_rules
 
-    for file in [*export(directory), export_rules(directory)]:
+    try:
+        files = [*export(directory), export_rules(directory)]
+    except OSError as error:
+        typer.echo(f"{directory} cannot be written to ({error.strerror}): name another folder.", err=True)
+        raise typer.Exit(1) from None
+    for file in files:
         console.print(str(file), soft_wrap=True, highlight=False)
 
 

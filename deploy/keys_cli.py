@@ -34,8 +34,10 @@ def new(
     console = Console()
     try:
         check_names([tier] if tier != ADMIN else [])
+        is_new = file is None or not file.exists()
+        before = "" if file is None or is_new else _text(file)
     except ValueError as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
     line = f"sha256:{hashlib.sha256(key.encode()).hexdigest()} {tier}"
@@ -43,8 +45,6 @@ def new(
     if file is None:
         console.print(f"Line for access.keys_file: {line}", markup=False, soft_wrap=True, highlight=False)
         return
-    is_new = not file.exists()
-    before = "" if is_new else file.read_text()
     with file.open("a") as out:
         out.write(("\n" if before and not before.endswith("\n") else "") + line + "\n")
     if is_new:
@@ -53,3 +53,10 @@ def new(
     condition = "" if tier in (ADMIN, DEFAULT_TIER) else f" whose settings have a tier {tier}"
     said = f"Its hash is in {file}; a running fleet{condition} takes it at once."
     console.print(said, markup=False, soft_wrap=True, highlight=False)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is no text in UTF-8: name a keys file, or one that is yet to be made.") from None

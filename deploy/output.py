@@ -5,6 +5,8 @@ from pathlib import Path
 
 import typer
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def writable(path: Path | None) -> Path | None:
     """Callback of an option that names a file: makes its folder. Raises `typer.BadParameter`, a sentence."""
@@ -19,3 +21,10 @@ def writable(path: Path | None) -> Path | None:
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be written: {error.strerror}.") from None
     return path
+
+
+def picture(path: Path | None) -> Path | None:
+    """Callback of an option that names a picture: `writable`, and its ending is that of a picture."""
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise typer.BadParameter(f"{path} does not end as a picture does: name a file in {', '.join(PICTURES)}.")
+    return writable(path)

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.model_shape import ModelError, read_shape
-from deploy.output import writable
+from deploy.output import picture, writable
 from deploy.plan import GIB, Gpu, Load, Plan, PlanError, Prices, Side, make_plan
 from triattention.config import CompressionConfig
 
@@ -47,10 +47,12 @@ def plan(
         Path | None, typer.Option("--json", help="Write the figures to this file.", callback=writable)
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the plan into this file (PNG, SVG or PDF).", callback=writable)
+        Path | None, typer.Option(help="Draw the plan into this file (PNG, SVG or PDF).", callback=picture)
     ] = None,
 ) -> None:
     """Plan capacity: requests a GPU holds, and GPUs for so many users, with and without compression."""
+    if price_kwh is not None and watts is None:
+        _fail(f"--price-kwh is {price_kwh}, but --watts is not set: set it to the power that one GPU draws.")
     try:
         # Only sizes matter here, so the policy is one that needs no statistics.
         compression = CompressionConfig.model_validate(
@@ -83,7 +85,7 @@ def plan(
         console.print(f"Picture: {plot}", soft_wrap=True, highlight=False)
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str) -> NoReturn:
     console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(1)
 

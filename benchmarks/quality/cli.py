@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from multiprocessing import get_context
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from queue import Empty
 from typing import Annotated
@@ -15,9 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import bundled
+from benchmarks.environment import engine_environment
 from benchmarks.quality.problems import Problem, ProblemError, from_file, held_out
 from benchmarks.quality.report import FULL, Report
 from bundled import tasks
+from deploy.fleet import end_politely
 from deploy.output import writable
 from triattention.config import CompressionConfig
 
@@ -72,14 +76,15 @@ def evaluate(
     quick: Annotated[bool, typer.Option("--quick", help="Few instances and cells, in five minutes.")] = False,
 ) -> None:
     """Measure how many answers stay right under compression, by policy and budget, in the real engine."""
+    end_politely()
     import torch
 
     from benchmarks.quality.policies import PolicyError, compression
 
     # An engine and whoever steps it share a process, so that blocks can be read between steps; and all logs stay quiet.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for name, value in engine_environment().items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
@@ -131,7 +136,7 @@ def _run(
 
     What is finished is in `json` at any time: full attention's cells and those of the policies so far.
     """
-    from benchmarks.quality.engine import run_cell
+    from benchmarks.quality.engine import prepare, run_cell
 
     title = "the bundled model" if model == bundled.MODEL else model.name
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // engines))
@@ -143,30 +148,32 @@ def _run(
         TextColumn("{task.fields[right]} right"),
         TimeElapsedColumn(),
     )
-    with (
-        spawned.Manager() as manager,
-        Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(min(engines, len(cells)), spawned) as pool,
-    ):
-        answers = manager.Queue()
+    answers = spawned.Queue()
+    pool = ProcessPoolExecutor(min(engines, len(cells)), spawned, initializer=prepare, initargs=(answers,))
+    with Progress(*columns, console=console) as progress, _ended_at_once(pool):
         bars = [
             progress.add_task(name if size is None else f"{name} {size}", total=len(problems), right=0, start=False)
             for name, size, _ in cells
         ]
-        runs = [
-            pool.submit(run_cell, model, config, problems, sequences, kv_cache_bytes, number, answers)
-            for number, (_, _, config) in enumerate(cells)
-        ]
+        # The processes inherit what is blocked. Ctrl-C reaches the whole group, and is for this one, which ends them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            runs = [
+                pool.submit(run_cell, model, config, problems, sequences, kv_cache_bytes, number)
+                for number, (_, _, config) in enumerate(cells)
+            ]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         right = [0] * len(cells)
-        written = 0
-        while written < len(cells) or not answers.empty():
+        answered = written = 0
+        while written < len(cells) or answered < len(cells) * len(problems):
             with suppress(Empty):
                 number, correct = answers.get(timeout=0.2)
+                answered += 1
                 progress.start_task(bars[number])
                 right[number] += correct
                 progress.update(bars[number], advance=1, right=right[number])
             if failed := next((run for run in runs if run.done() and run.exception() is not None), None):
-                pool.shutdown(wait=False, cancel_futures=True)
                 failed.result()
             finished = [number for number, run in enumerate(runs) if run.done()]
             if 0 in finished and len(finished) > written:
@@ -175,3 +182,16 @@ def _run(
                 if json is not None:
                     report.write_json(json)
     return report
+
+
+@contextmanager
+def _ended_at_once(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Where anything is raised, a refusal or Ctrl-C, no cell goes on and none begins."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.terminate()
+        raise
+    pool.shutdown()

@@ -1,13 +1,16 @@
 """One engine in this process answers all problems under one policy and budget. Owns the counts of blocks and time."""
 
 import gc
+import os
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.queues import Queue
 from pathlib import Path
-from queue import Queue
+from threading import Thread
 from typing import Any
 
 from benchmarks.quality.problems import TOKENS_BEYOND_REPLY, Problem
@@ -149,6 +152,23 @@ def _asked(model: Path, problems: list[Problem]) -> list[tuple[list[int], int]]:
     return asked
 
 
+_answers: "Queue[tuple[int, bool]]"
+
+
+def prepare(answers: "Queue[tuple[int, bool]]") -> None:
+    """Makes this process one for `run_cell`: where it tells of answers, and that it ends with its parent."""
+    global _answers
+    _answers = answers
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def run_cell(
     model: Path,
     compression: CompressionConfig | None,
@@ -156,14 +176,21 @@ def run_cell(
     sequences: int,
     kv_cache_bytes: int,
     number: int,
-    answers: "Queue[tuple[int, bool]]",
 ) -> EngineRun:
-    """`run` in a process of its own; every answer is told as (`number`, whether it is right)."""
+    """`run` in a process of its own (see `prepare`); every answer is told as (`number`, whether it is right).
+
+    Raises ValueError, one sentence, whatever vLLM raised: some of its errors do not get through to another process.
+    """
 
     def done(correct: bool) -> None:
-        answers.put((number, correct))
+        _answers.put((number, correct))
 
-    return run(model, compression, problems, sequences, kv_cache_bytes, done)
+    try:
+        return run(model, compression, problems, sequences, kv_cache_bytes, done)
+    except Exception as error:
+        from triattention.vllm.diagnosis import sentence  # imports vLLM
+
+        raise ValueError(sentence(error)) from None
 
 
 def _is(internal: str, request: str) -> bool:

@@ -53,24 +53,29 @@ def from_file(path: Path, max_tokens: int) -> list[Problem]:
             raise ProblemError(
                 f'{path} line {number} is no problem: write {{"prompt": "...", "answer": "..."}} with text in both'
             )
-        problems.append(Problem(path.stem, prompt, max_tokens, _states(answer)))
+        problems.append(Problem(path.stem, prompt, max_tokens, _States(answer)))
     if not problems:
         raise ProblemError(f'{path} has no problems: write one {{"prompt": "...", "answer": "..."}} a line')
     return problems
 
 
-def _states(answer: str) -> Callable[[str], bool]:
+@dataclass(frozen=True)
+class _States:
     """Whether the last line of a reply that holds anything has the answer in it as words of their own.
 
     Where the answer begins or ends with a number, it is the whole number: 5 is in "x = 5." but not in -5, 1/5, 5,000.
+    A class and no closure, because problems go to other processes.
     """
-    words = answer.split()
-    before = r"(?<![\w.,/+\-−])" if re.match(r"[+\-−]?\d", words[0]) else r"(?<![\w.])"
-    after = r"(?!\w|[.,/]\d)" if words[-1][-1].isdigit() else r"(?!\w|\.\d)"
-    pattern = re.compile(before + r"\s+".join(map(re.escape, words)) + after)
 
-    def states(reply: str) -> bool:
+    answer: str
+
+    def __call__(self, reply: str) -> bool:
         lines = reply.strip().splitlines()
-        return bool(lines) and pattern.search(lines[-1]) is not None
+        return bool(lines) and self._pattern.search(lines[-1]) is not None
 
-    return states
+    @property
+    def _pattern(self) -> re.Pattern[str]:
+        words = self.answer.split()
+        before = r"(?<![\w.,/+\-−])" if re.match(r"[+\-−]?\d", words[0]) else r"(?<![\w.])"
+        after = r"(?!\w|[.,/]\d)" if words[-1][-1].isdigit() else r"(?!\w|\.\d)"
+        return re.compile(before + r"\s+".join(map(re.escape, words)) + after)

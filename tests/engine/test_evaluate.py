@@ -1,11 +1,13 @@
 """`trifleet evaluate`'s engine: it wants KV memory for the problems, not for the model's whole context."""
 
+import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import bundled
-from benchmarks.quality.engine import run
+from benchmarks.quality.engine import run, run_cell
 from benchmarks.quality.problems import Problem, held_out
 
 KV_BYTES = 8 << 20
@@ -36,3 +38,11 @@ def test_memory_that_does_not_hold_the_longest_problem_is_refused_by_its_options
 def test_a_reply_longer_than_the_models_context_is_refused_before_an_engine_starts() -> None:
     with pytest.raises(ValueError, match=r"exceed the model's 32768: shorten the prompt or lower --max-tokens"):
         run(bundled.MODEL, None, [problem(max_tokens=40_000)], 1, KV_BYTES)
+
+
+def test_what_vllm_refuses_reaches_the_command_as_one_sentence(tmp_path: Path) -> None:
+    """vLLM's error here is pydantic's, which cannot be pickled."""
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    with pytest.raises(ValueError, match=f"^Unrecognized model in {tmp_path}.*config.json.$") as refused:
+        run_cell(tmp_path, None, [problem(max_tokens=8)], 1, KV_BYTES, 0)
+    assert type(pickle.loads(pickle.dumps(refused.value))) is ValueError

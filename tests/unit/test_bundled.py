@@ -111,7 +111,13 @@ def test_the_shipped_weights_have_the_shape_that_the_code_trains() -> None:
     shipped, trained = AutoConfig.from_pretrained(MODEL), network.model_config(len(TOKENS))
     for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "rope_parameters"):
         assert getattr(shipped, name) == getattr(trained, name)
-    assert (MODEL / "model.safetensors").stat().st_size < 6_000_000
+
+
+def test_the_model_card_states_the_size_of_the_shipped_weights(shipped_model: Qwen3ForCausalLM) -> None:
+    parameters = sum(weight.numel() for weight in shipped_model.parameters()) / 1e6
+    megabytes = (MODEL / "model.safetensors").stat().st_size / 1e6
+    card = " ".join((MODEL.parent / "README.md").read_text().split())
+    assert f"{parameters:.1f} million parameters, {megabytes:.1f} MB in bf16" in card
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)

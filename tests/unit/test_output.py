@@ -58,3 +58,25 @@ def test_imported_statistics_do_not_go_into_the_models_folder_either(tmp_path):
     result = run("calibrate", "--model", str(tmp_path), "--import", "up.pt", "--out", str(tmp_path / "s.safetensors"))
     assert result.exit_code == 1
     assert "load it as weights" in result.output.replace("\n", " ")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_a_sentence_by_dashboards_export():
+    result = run("dashboards", "export", "/proc/foo")
+    assert result.exit_code == 1
+    assert "/proc/foo cannot be written to (No such file or directory): name another folder." in result.output
+
+
+def test_a_keys_file_that_is_no_text_is_refused_before_a_key_is_made(tmp_path):
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xff\xfe")
+    result = run("keys", "new", "--file", str(file))
+    assert result.exit_code == 1
+    assert "is no text in UTF-8: name a keys file" in result.output
+    assert "Key (shown" not in result.output
+    assert file.read_bytes() == b"\xff\xfe"
+
+
+def test_a_price_of_power_without_the_power_is_refused_by_name():
+    result = run("plan", "qwen3-8b", "--gpu-gib", "40", "--price-kwh", "0.3")
+    assert result.exit_code == 1
+    assert "--price-kwh is 0.3, but --watts is not set" in result.output

@@ -1,11 +1,13 @@
 """`trifleet evaluate` without an engine: intervals, reductions, problems of a file, names of policies, plots."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.environment import engine_environment
 from benchmarks.quality.engine import EngineRun, Reply
 from benchmarks.quality.policies import PolicyError, compression
 from benchmarks.quality.problems import Problem, ProblemError, from_file, held_out
@@ -79,6 +81,15 @@ def test_problems_of_a_file_are_right_where_the_last_line_has_the_answer_as_word
     for reply in ("", "142", "42.5", "4 2", "42\nor rather 41"):
         assert not numbers.is_correct(reply)
     assert capitals.is_correct("It is Madrid!")
+
+
+def test_problems_reach_the_process_of_an_engine(tmp_path: Path) -> None:
+    file = tmp_path / "sums.jsonl"
+    file.write_text('{"prompt": "6 x 7?", "answer": "42"}')
+    for problem in (*from_file(file, max_tokens=50), *held_out("needle", 1, 300, 500)):
+        arrived = pickle.loads(pickle.dumps(problem))
+        assert arrived.is_correct(problem.reply or "42")
+        assert not arrived.is_correct("41")
 
 
 @pytest.mark.parametrize(
@@ -170,3 +181,10 @@ def test_the_command_refuses_mistakes_before_any_engine_starts(tmp_path: Path) -
         result = runner.invoke(app, ["evaluate", "--instances", "1", *arguments])
         assert result.exit_code == 1
         assert sentence in " ".join(result.output.split())
+
+
+def test_an_engine_on_a_gpu_needs_no_nvcc_and_whoever_has_one_may_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    assert engine_environment()["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
+    assert engine_environment()["VLLM_USE_FLASHINFER_SAMPLER"] == "1"

@@ -150,6 +150,15 @@ def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monke
     assert again == pytest.approx(losses, rel=1e-3)
 
 
+def test_a_run_that_goes_on_says_so_and_that_it_takes_nothing_from_another_model(tmp_path, capsys) -> None:
+    checkpoint = tmp_path / "bundled.pt"
+    train.Trainer(TOKENS, compile=False).save(checkpoint)
+    train.train(1, 0, tmp_path / "old", tmp_path / "out", checkpoint, compile=False, threads=1)
+    said = capsys.readouterr().out
+    assert f"{checkpoint} is of an earlier run, which goes on from its step 0." in said
+    assert f"Nothing is taken from {tmp_path / 'old'}: for a new run, remove {checkpoint} or set --checkpoint." in said
+
+
 def test_a_run_that_starts_from_a_model_begins_with_what_it_knows(tmp_path) -> None:
     known, started = (train.Trainer(TOKENS, compile=False) for _ in range(2))
     with torch.no_grad():

@@ -64,7 +64,7 @@ class Diagnosis:
         try:
             yield
         except Exception as error:
-            self.add(subject, _sentence(error), "refused")
+            self.add(subject, sentence(error), "refused")
             raise _Refused from error
 
 
@@ -134,7 +134,7 @@ def _check_rope_and_policy(diagnosis: Diagnosis, vllm_config: VllmConfig, config
     try:
         check_policy(config, vllm_config)
     except ValueError as error:
-        diagnosis.add("policy", _sentence(error), "refused")
+        diagnosis.add("policy", sentence(error), "refused")
     else:
         suffix = f"; {config.statistics} fits this model" if config.statistics is not None else ""
         diagnosis.add("policy", f"{config.policy}{suffix}")
@@ -275,7 +275,7 @@ def _size(number: int) -> str:
     return f"{number / 1024:.0f} KiB"
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """The reason in one line; pydantic puts its own lines around it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = next((line for line in lines if line.startswith("Value error, ")), lines[0])
