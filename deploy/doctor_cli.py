@@ -73,7 +73,7 @@ def _no_stderr() -> Iterator[None]:
 
 
 def _asked(model: str | None, file: Path | None, statistics: Path | None) -> tuple[dict[str, Any], CompressionConfig]:
-    """Arguments of vLLM's EngineArgs, and the compression."""
+    """Arguments of `vllm serve`, and the compression."""
     if file is None:
         if model is None:
             raise SettingsError("neither --model nor --file is set: name a model or a fleet's settings")

@@ -72,6 +72,25 @@ def test_a_model_that_is_served_and_why(hybrid: Path, tmp_path: Path) -> None:
     assert numbers["requests_at_once"] == 99 // numbers["blocks_bound"]
 
 
+def fleet_with(extra: str, folder: Path, model: Path) -> str:
+    settings = FLEET.format(model=model, statistics="self")
+    (folder / "fleet.yaml").write_text(settings.replace("gpu_memory_utilization: 0.05", extra))
+    return str(folder / "fleet.yaml")
+
+
+def test_arguments_of_vllms_front_end_do_not_refuse_a_fleet(tiny_model: Path, tmp_path: Path) -> None:
+    extra = "allowed_origins: [https://chat.example], enable_auto_tool_choice: true, tool_call_parser: hermes"
+    code, output, _ = doctor(tmp_path, "-f", fleet_with(extra, tmp_path, tiny_model))
+    assert code == 0, output
+
+
+def test_an_argument_that_vllm_has_not_is_named_as_the_replica_names_it(tiny_model: Path, tmp_path: Path) -> None:
+    code, _, figures = doctor(tmp_path, "-f", fleet_with("allowed_origin: [x]", tmp_path, tiny_model))
+    assert code == 1
+    sentence = "vLLM has no argument allowed_origin: correct engine.extra in the settings"
+    assert findings(figures) == {"settings": ("refused", sentence)}
+
+
 def test_a_model_that_is_refused_and_why(tmp_path: Path) -> None:
     code, output, figures = doctor(tmp_path, "--model", str(save_mla_model(tmp_path / "model")))
     assert code == 1
