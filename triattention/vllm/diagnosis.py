@@ -77,7 +77,8 @@ class _Refused(Exception):
 def diagnose(
     arguments: dict[str, Any], config: CompressionConfig, prompt_tokens: int, assume_memory: bool
 ) -> Diagnosis:
-    """`arguments`: of `vllm serve` by their Python names, compression aside. `prompt_tokens`: of the request whose bound is told.
+    """`arguments`: of `vllm serve` by their Python names, compression aside. `prompt_tokens`: of the request whose
+    bound is told.
 
     `assume_memory`: nobody said how much KV memory there is to be. On a CPU half of what is free is taken then, for
     vLLM's default, most of the machine's memory, says little about the model.
@@ -138,8 +139,9 @@ def _check_rope_and_policy(diagnosis: Diagnosis, vllm_config: VllmConfig, config
     diagnosis.add("RoPE", f"{pairs} pairs, {rope.rotary_dim} of {rope.head_dim} numbers rotated{scaling}")
     if config.statistics == "self":
         with diagnosis.refusing("policy"):
-            check_policy(config, vllm_config)
-        path = statistics_path(vllm_config.model_config)
+            path = statistics_path(vllm_config.model_config)
+            update = {"statistics": path} if path.exists() else {}
+            check_policy(config.model_copy(update=update), vllm_config)
         state = f"those in {path} are used" if path.exists() else "they are measured at the first start"
         diagnosis.add("policy", f"{config.policy}; statistics: self, {state}", "note")
         return
