@@ -221,6 +221,9 @@ class FleetSettings(_Settings):
     compression: CompressionConfig | None = Field(default=None, description="null: plain vLLM, still reported")
     coordinator: CoordinatorSettings = CoordinatorSettings()
     autoscaling: Autoscaling | None = Field(default=None, description="null: always `replicas`")
+    start_seconds: float = Field(
+        default=3600.0, gt=0, description="`trifleet up` gives up on a fleet that is not ready by then"
+    )
     drain_seconds: float = Field(
         default=3600.0, gt=0, description="a replica told to stop finishes what it has for at most so long"
     )
