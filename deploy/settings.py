@@ -313,6 +313,9 @@ def load_settings(path: Path) -> FleetSettings:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise SettingsError(f"there is no settings file {path}: name one with --file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"{path} cannot be read ({reason}): name a YAML file with --file") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
