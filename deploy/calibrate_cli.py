@@ -37,7 +37,8 @@ def calibrate(
         Path, typer.Option("--out", help="Write the statistics to this file (safetensors).", callback=writable)
     ],
     text: Annotated[
-        Path | None, typer.Option("--text", help="A text file like the traffic to come. [default: a text that ships]")
+        Path | None,
+        typer.Option("--text", help="A text file like the traffic to come.", show_default="a text that ships"),
     ] = None,
     upstream: Annotated[
         Path | None, typer.Option("--import", help="Convert this .pt file of upstream's TriAttention instead.")
@@ -46,7 +47,9 @@ def calibrate(
     chunk_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per forward pass; memory grows with it. [default: 4096, or the model's context if less]", min=2
+            help="Tokens per forward pass; memory grows with it.",
+            min=2,
+            show_default="4096, or the model's context if less",
         ),
     ] = None,
     hf_overrides: Annotated[
@@ -73,13 +76,13 @@ def calibrate(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
+        check_outside(out, model)
         config = _config(model, hf_overrides)
         if upstream is None:
             statistics = _measured(model, config, text, out, max_tokens, chunk_tokens, device)
         elif text is not None:
             raise ValueError("--text and --import are both set: keep one of them")
         else:
-            check_outside(out, model)
             statistics = import_statistics(upstream, model, config)
             statistics.save(out)
     except (ValueError, OSError, SafetensorError) as error:

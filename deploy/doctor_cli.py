@@ -32,7 +32,7 @@ def doctor(
         typer.Option("--file", "-f", help="Check a fleet's settings, and its model if --model is unset."),
     ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="The model's query statistics. [default: measured by the engine itself]")
+        Path | None, typer.Option(help="The model's query statistics.", show_default="measured by the engine itself")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose bound is told.", min=1)] = 512,
     json_path: Annotated[

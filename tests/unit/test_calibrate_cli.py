@@ -111,3 +111,9 @@ def test_overrides_that_make_no_config(model: Path, tmp_path: Path) -> None:
     assert output.endswith(
         "name values as the model's config.json does, and rope_parameters whole, rope_theta included"
     )
+
+
+def test_the_help_tells_defaults_that_are_no_numbers() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["calibrate", "--help"]).output.replace("│", "").split())
+    assert "a text that ships" in shown
+    assert "4096, or the model's context if less" in shown
