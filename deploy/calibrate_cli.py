@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,10 +13,22 @@ from rich.table import Table
 from deploy.output import writable
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from triattention.concentration import Concentration
     from triattention.statistics import QueryStatistics
 
 console = Console()
+
+
+def _json_object(value: str) -> dict[str, Any]:
+    try:
+        overrides = json.loads(value)
+    except json.JSONDecodeError:
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise typer.BadParameter(f"{value} is none: write a JSON object, as for vLLM")
+    return overrides
 
 
 def calibrate(
@@ -25,13 +37,25 @@ def calibrate(
         Path, typer.Option("--out", help="Write the statistics to this file (safetensors).", callback=writable)
     ],
     text: Annotated[
-        Path | None, typer.Option("--text", help="A text file like the traffic to come. [default: a text that ships]")
+        Path | None,
+        typer.Option("--text", help="A text file like the traffic to come.", show_default="a text that ships"),
     ] = None,
     upstream: Annotated[
         Path | None, typer.Option("--import", help="Convert this .pt file of upstream's TriAttention instead.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 500_000,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens per forward pass; memory grows with it.", min=2)] = 4096,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per forward pass; memory grows with it.",
+            min=2,
+            show_default="4096, or the model's context if less",
+        ),
+    ] = None,
+    hf_overrides: Annotated[
+        dict[str, Any] | None,
+        typer.Option(help="What vLLM is given under this name, as for YaRN.", metavar="JSON", parser=_json_object),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")] = "cpu",
     heatmap: Annotated[
         Path | None, typer.Option(help="Draw the mean resultant length of every head into this PNG.", callback=writable)
@@ -41,6 +65,7 @@ def calibrate(
     ] = None,
 ) -> None:
     """Measure a model's query statistics, which the triattention policy scores with."""
+    import torch
     import transformers
     from safetensors import SafetensorError
 
@@ -51,16 +76,21 @@ def calibrate(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
+        check_outside(out, model)
+        config = _config(model, hf_overrides)
         if upstream is None:
-            statistics = _measured(model, text, out, max_tokens, chunk_tokens, device)
+            statistics = _measured(model, config, text, out, max_tokens, chunk_tokens, device)
         elif text is not None:
             raise ValueError("--text and --import are both set: keep one of them")
         else:
-            check_outside(out, model)
-            statistics = import_statistics(upstream, model)
+            statistics = import_statistics(upstream, model, config)
             statistics.save(out)
     except (ValueError, OSError, SafetensorError) as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except torch.OutOfMemoryError:
+        message = f"The model and a chunk of text do not fit on {device}: lower --chunk-tokens, or set --device cpu"
+        console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     concentration = Concentration.of(statistics)
     console.print(_table(statistics.model_id, concentration))
@@ -74,8 +104,32 @@ def calibrate(
         console.print(f"Figures: {json_path}", soft_wrap=True)
 
 
+def _config(model: str, overrides: dict[str, Any] | None) -> "PreTrainedConfig":
+    from triattention.rope import RopeParameters, read_config
+
+    if overrides is None:
+        return read_config(model)
+    try:
+        config = read_config(model, overrides)
+        RopeParameters.from_config(config)
+    except ValueError:
+        raise
+    except Exception as error:  # as transformers tells of values that it cannot use
+        raise ValueError(
+            f"--hf-overrides is {json.dumps(overrides)}, which makes no config ({' '.join(str(error).split())}): name "
+            "values as the model's config.json does, and rope_parameters whole, rope_theta included"
+        ) from error
+    return config
+
+
 def _measured(
-    model: str, text: Path | None, out: Path, max_tokens: int, chunk_tokens: int, device: str
+    model: str,
+    config: "PreTrainedConfig",
+    text: Path | None,
+    out: Path,
+    max_tokens: int,
+    chunk_tokens: int | None,
+    device: str,
 ) -> "QueryStatistics":
     from triattention.calibration import SHIPPED_TEXT, calibrate
 
@@ -93,6 +147,7 @@ def _measured(
             max_tokens=max_tokens,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
             device=device,
+            config=config,
         )
         elapsed = bar.tasks[task].elapsed or 0
     console.print(f"[green]✓[/] {statistics.tokens:,} tokens in {elapsed:.0f} s")

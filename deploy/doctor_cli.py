@@ -32,7 +32,7 @@ def doctor(
         typer.Option("--file", "-f", help="Check a fleet's settings, and its model if --model is unset."),
     ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="The model's query statistics. [default: measured by the engine itself]")
+        Path | None, typer.Option(help="The model's query statistics.", show_default="measured by the engine itself")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose bound is told.", min=1)] = 512,
     json_path: Annotated[
@@ -73,7 +73,7 @@ def _no_stderr() -> Iterator[None]:
 
 
 def _asked(model: str | None, file: Path | None, statistics: Path | None) -> tuple[dict[str, Any], CompressionConfig]:
-    """Arguments of vLLM's EngineArgs, and the compression."""
+    """Arguments of `vllm serve`, and the compression."""
     if file is None:
         if model is None:
             raise SettingsError("neither --model nor --file is set: name a model or a fleet's settings")

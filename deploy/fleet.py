@@ -23,7 +23,6 @@ MARK = "TRIFLEET_FOLDER"
 # Ray's own switches: nothing is sent home, and engines are not niced below the processes that feed them.
 # No record of single tasks: every capacity report is one, and Ray's control store would grow by each.
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_task_events_report_interval_ms": "0"}
-START_DEADLINE_SECONDS = 600.0
 STOP_DEADLINE_SECONDS = 20.0
 GRACEFUL_STOP_SECONDS = 8.0
 _ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -168,7 +167,7 @@ def _await_running(settings: FleetSettings, progress: Progress) -> None:
 
     from deploy.app import APP, REPLICA
 
-    deadline = time.monotonic() + START_DEADLINE_SECONDS
+    deadline = time.monotonic() + settings.start_seconds
     while True:
         status = serve.status().applications[APP]
         replicas = status.deployments.get(REPLICA)
@@ -176,11 +175,19 @@ def _await_running(settings: FleetSettings, progress: Progress) -> None:
         progress(f"engines, {running} of {settings.replicas} up")
         if status.status.value == "RUNNING" and answers(endpoint(settings)) and _reachable() >= settings.replicas:
             return
-        if status.status.value == "DEPLOY_FAILED" or time.monotonic() > deadline:
-            reasons = [deployment.message for deployment in status.deployments.values() if deployment.message]
+        failed = status.status.value == "DEPLOY_FAILED"
+        if failed or time.monotonic() > deadline:
+            messages = [deployment.message for deployment in status.deployments.values() if deployment.message]
+            last = messages[0].strip().splitlines()[-1] if messages else ""
+            reason = last or "Serve does not say why"
+            if not failed:
+                told = f", and Serve says: {last}" if last else ""
+                reason = (
+                    f"{running} of {settings.replicas} engines were up after start_seconds, "
+                    f"{settings.start_seconds:g} s: raise it where the model takes longer to fetch and to load{told}"
+                )
             logs = ray._private.worker._global_node.get_logs_dir_path()
-            last = reasons[0].strip().splitlines()[-1] if reasons else "it did not become ready in time"
-            raise FleetError(f"The fleet did not start: {last} (logs: {logs})")
+            raise FleetError(f"The fleet did not start: {reason} (logs: {logs})")
         time.sleep(0.5)
 
 

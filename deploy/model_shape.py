@@ -60,6 +60,8 @@ def read_shape(model: str, weights_bytes: int | None = None) -> ModelShape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from triattention.statistics import kv_heads
+
     try:
         values: dict[str, Any] = json.loads(file.read_text())
         quantization = values.pop("quantization_config", None)
@@ -91,7 +93,7 @@ def read_shape(model: str, weights_bytes: int | None = None) -> ModelShape:
         sliding_layers=sliding,
         sliding_window=config.sliding_window if sliding else 0,
         attention_heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=kv_heads(config),
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         bytes_per_value=_BYTES_PER_VALUE[dtype],
         weights_bytes=weights,

@@ -221,6 +221,9 @@ class FleetSettings(_Settings):
     compression: CompressionConfig | None = Field(default=None, description="null: plain vLLM, still reported")
     coordinator: CoordinatorSettings = CoordinatorSettings()
     autoscaling: Autoscaling | None = Field(default=None, description="null: always `replicas`")
+    start_seconds: float = Field(
+        default=3600.0, gt=0, description="`trifleet up` gives up on a fleet that is not ready by then"
+    )
     drain_seconds: float = Field(
         default=3600.0, gt=0, description="a replica told to stop finishes what it has for at most so long"
     )
@@ -310,6 +313,9 @@ def load_settings(path: Path) -> FleetSettings:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise SettingsError(f"there is no settings file {path}: name one with --file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"{path} cannot be read ({reason}): name a YAML file with --file") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

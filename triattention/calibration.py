@@ -8,14 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from triattention.rope import ROTATION, RopeParameters, find_rotation_module, read_config
 from triattention.statistics import QueryStatistics, model_facts
 
 Capture = Callable[[int, Tensor, Tensor], None]
 """Called with layer index, queries before RoPE and queries after it, both [1, q_heads, tokens, head_dim]."""
+
+_CHUNK_TOKENS = 4096
 
 # Text files are tokenised in pieces of whole lines of about this many characters.
 _PIECE_CHARACTERS = 1 << 16
@@ -36,36 +45,41 @@ def calibrate(
     model: str | Path,
     text: Iterable[str] | Path,
     out: Path | None,
-    chunk_tokens: int = 4096,
+    chunk_tokens: int | None = None,
     max_tokens: int = 500_000,
     on_progress: Callable[[int, int], None] | None = None,
     device: str = "cpu",
+    config: PreTrainedConfig | None = None,
 ) -> QueryStatistics:
     """Query statistics of a local causal language model over `text`; written to `out` if that is set.
 
     `model`: folder of config, safetensors and tokenizer as transformers saves them, or an id that transformers can
     find; its code is never loaded.
     `text`: documents as the model would see them (chat template applied), or one text file. A document is run
-    in chunks of `chunk_tokens`, each from position 0 and with the tokenizer's BOS before it if it has one;
-    all ends when `max_tokens` tokens were seen. Use text like the traffic.
+    in chunks of `chunk_tokens` (None: 4,096, or the model's context where that is less), each from position 0 and with
+    the tokenizer's BOS before it if it has one; all ends when `max_tokens` tokens were seen. Use text like the traffic.
     `on_progress(tokens so far, tokens in all)` is called after every chunk; at the end with both equal. A text that
     can be read only once counts as endless until its end.
+    `config`: of the model, where it is not served with the one that it comes with.
 
     Memory: the model, one chunk's activations, and fp64 sums of [layers, q_heads, bands].
-    Raises ValueError in one sentence where the model's queries cannot be captured, or there is no text.
+    Raises ValueError in one sentence where the model cannot be loaded or its queries cannot be captured, or there is no
+    text; `torch.OutOfMemoryError` where a device has too little memory.
     """
     if isinstance(text, str):
         raise ValueError("text is a single string: pass a list of documents, or a Path to a text file")
-    if chunk_tokens < 2:
+    if chunk_tokens is not None and chunk_tokens < 2:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: a chunk needs room for BOS and text, set 2 or more")
     if isinstance(text, Path) and not text.is_file():
         raise ValueError(f"there is no text file {text}: correct the path")
     if out is not None:
         check_outside(out, model)
-    config = read_config(model)
+    _check_device(device)
+    config = config or read_config(model)
     rope = RopeParameters.from_config(config)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    chunk_tokens = _chunk_tokens(chunk_tokens, config)
+    network, tokenizer = _load(model, config)
+    network = network.to(device).eval()
 
     facts = model_facts(config)
     sums = _Sums(rope, facts["num_attention_heads"])
@@ -98,6 +112,45 @@ def calibrate(
     if out is not None:
         statistics.save(out)
     return statistics
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"device is {device}, which torch cannot use here ({_first_line(error)}): set cpu, or the name of a device "
+            "that this machine and this build of torch have"
+        ) from error
+
+
+def _chunk_tokens(asked: int | None, config: PreTrainedConfig) -> int:
+    """At positions beyond the model's context its queries are not those that it has in service."""
+    context = config.get_text_config().max_position_embeddings
+    if asked is not None and asked > context:
+        raise ValueError(
+            f"chunk_tokens is {asked}, but the model's context is {context} tokens (max_position_embeddings): "
+            f"set at most {context}"
+        )
+    return asked or min(_CHUNK_TOKENS, context)
+
+
+def _load(model: str | Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        network = AutoModelForCausalLM.from_pretrained(model, config=config, dtype="auto", use_safetensors=True)
+        return network, AutoTokenizer.from_pretrained(model)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        remedy = "name the folder of a model as transformers saves it, with safetensors and tokenizer"
+        if isinstance(error, ImportError):  # transformers' way to ask for the package of a quantization
+            remedy = "calibrate the model that it was quantized from, whose statistics fit it"
+        reason = _first_line(error)
+        raise ValueError(f"model is {model}, but transformers cannot load it ({reason}): {remedy}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 @contextmanager

@@ -168,16 +168,35 @@ class RopeParameters:
 ROTATION = "apply_rotary_pos_emb"
 
 
-def read_config(model: str | Path) -> PreTrainedConfig:
-    """The config of a model's folder, or of an id that transformers can find. ValueError, one sentence, without one."""
+def read_config(
+    model: str | Path, overrides: dict[str, Any] | Callable[[PreTrainedConfig], PreTrainedConfig] | None = None
+) -> PreTrainedConfig:
+    """The config of a model's folder, or of an id that transformers can find. ValueError, one sentence, without one.
+
+    `overrides`: vLLM's `hf_overrides`.
+    """
     try:
-        return AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"model is {model}, but no config that transformers knows can be read there: name a folder as transformers "
             f"saves it, or the id of a model that can be fetched ({reason})"
         ) from error
+    if callable(overrides):
+        return overrides(config)
+    _override(config, overrides or {})
+    return config
+
+
+def _override(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+    """As vLLM does it: inner configs are changed, everything else is replaced."""
+    for name, value in overrides.items():
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig) and isinstance(value, dict):
+            _override(inner, value)
+        else:
+            setattr(config, name, value)
 
 
 def head_dim(config: PreTrainedConfig) -> int:

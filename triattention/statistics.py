@@ -60,16 +60,16 @@ def model_facts(config: PreTrainedConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": _kv_heads(config),
+        "num_key_value_heads": kv_heads(config),
         "head_dim": head_dim(config),
     }
 
 
-def _kv_heads(config: PreTrainedConfig) -> int:
+def kv_heads(config: PreTrainedConfig) -> int:
     """Of a layer. Falcon has names of its own; models older than groups have none, and one for every query head."""
     if isinstance(config, FalconConfig):
         return 1 if config.multi_query and not config.new_decoder_architecture else int(config.num_kv_heads)
-    return int(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 @dataclass(frozen=True)

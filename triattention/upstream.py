@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from triattention.rope import RopeParameters, read_config
 from triattention.statistics import QueryStatistics, model_facts
@@ -18,15 +19,17 @@ from triattention.statistics import QueryStatistics, model_facts
 _STYLES = {"half": "neox", "interleaved": "gptj"}
 
 
-def import_statistics(path: Path, model: str | Path) -> QueryStatistics:
+def import_statistics(path: Path, model: str | Path, config: PreTrainedConfig | None = None) -> QueryStatistics:
     """Query statistics of `model` (folder or id) from upstream's `.pt` file.
+
+    `config`: of the model, where it is not served with the one that it comes with.
 
     `tokens` of the result is 0: upstream does not record it. Whether the queries were taken after the query norm cannot
     be told from the file; one of upstream's scripts takes them before it. Raises ValueError, one sentence, where the
     file is not such a file or does not fit the model.
     """
     metadata, entries = _read(path)
-    config = read_config(model)
+    config = config or read_config(model)
     facts, rope = model_facts(config), RopeParameters.from_config(config)
     if rope.rotary_dim != rope.head_dim:
         raise ValueError(

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from deploy.cli import app
 from tests.engine.conftest import SIZES, save_tiny_model
-from tests.engine.test_refusals import save_mla_model
+from tests.engine.test_refusals import save_mla_model, vllm_config
 from tests.engine.test_support_matrix import HYBRID
 from tests.unit.tiny_models import random_statistics
 from triattention.rope import read_config
+from triattention.vllm.self_calibration import statistics_path
 
 FLEET = """
 model: {model}
@@ -70,6 +71,39 @@ def test_a_model_that_is_served_and_why(hybrid: Path, tmp_path: Path) -> None:
     sliding = numbers["blocks_without_compression"] - 2048 // 32
     assert numbers["blocks_bound"] == 16 + sliding
     assert numbers["requests_at_once"] == 99 // numbers["blocks_bound"]
+
+
+def fleet_with(extra: str, folder: Path, model: Path) -> str:
+    settings = FLEET.format(model=model, statistics="self")
+    (folder / "fleet.yaml").write_text(settings.replace("gpu_memory_utilization: 0.05", extra))
+    return str(folder / "fleet.yaml")
+
+
+def test_arguments_of_vllms_front_end_do_not_refuse_a_fleet(tiny_model: Path, tmp_path: Path) -> None:
+    extra = "allowed_origins: [https://chat.example], enable_auto_tool_choice: true, tool_call_parser: hermes"
+    code, output, _ = doctor(tmp_path, "-f", fleet_with(extra, tmp_path, tiny_model))
+    assert code == 0, output
+
+
+def test_an_argument_that_vllm_has_not_is_named_as_the_replica_names_it(tiny_model: Path, tmp_path: Path) -> None:
+    code, _, figures = doctor(tmp_path, "-f", fleet_with("allowed_origin: [x]", tmp_path, tiny_model))
+    assert code == 1
+    sentence = "vLLM has no argument allowed_origin: correct engine.extra in the settings"
+    assert findings(figures) == {"settings": ("refused", sentence)}
+
+
+def test_statistics_that_the_engine_measured_before_are_checked(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    file = statistics_path(vllm_config(tiny_model, max_model_len=2048, dtype="bfloat16").model_config)
+    file.parent.mkdir(parents=True)
+    file.write_text("damaged")
+    code, _, figures = doctor(tmp_path, "-f", fleet_with("gpu_memory_utilization: 0.05", tmp_path, tiny_model))
+    assert code == 1
+    verdict, sentence = findings(figures)["policy"]
+    assert verdict == "refused"
+    assert sentence.startswith(f"{file} is not a file of query statistics")
 
 
 def test_a_model_that_is_refused_and_why(tmp_path: Path) -> None:

@@ -132,6 +132,13 @@ def test_long_documents_run_in_chunks_from_position_zero(tmp_path: Path) -> None
     torch.testing.assert_close(statistics.query_magnitude, magnitude, atol=1e-4, rtol=1e-4)
 
 
+def test_chunks_are_no_longer_than_the_models_context(tmp_path: Path) -> None:
+    save_model(tmp_path, llama(max_position_embeddings=8))
+    seen: list[int] = []
+    calibrate(tmp_path, TEXT[:1], out=None, on_progress=lambda done, _: seen.append(done))
+    assert seen == [8, 10, 10]
+
+
 def test_chunks_begin_with_the_tokenizers_bos(tmp_path: Path) -> None:
     model = save_model(tmp_path, llama(**RMS), bos=True)
     statistics = calibrate(tmp_path, ["w1 w2 w3 w4 w5", "<s> w6"], out=None, chunk_tokens=4)

@@ -82,6 +82,13 @@ def test_sliding_layers_hold_their_window_whatever_the_length(tmp_path):
     assert plans[0].bytes_per_token == 2 * 2 * 16 * 2
 
 
+@pytest.mark.parametrize(("changes", "heads"), [({}, 1), ({"new_decoder_architecture": True, "num_kv_heads": 2}, 2)])
+def test_kv_heads_are_falcons_too(tmp_path, changes, heads):
+    values = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "falcon", **values, **changes}))
+    assert read_shape(str(tmp_path)).kv_heads == heads
+
+
 def test_weights_in_the_folder_count_as_they_lie_there(tmp_path):
     folder = write_config(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)

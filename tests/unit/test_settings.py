@@ -127,6 +127,14 @@ def test_files_that_hold_no_settings_are_named(tmp_path):
         load_settings(broken)
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"cannot be read .Is a directory.: name a YAML file with --file"):
+        load_settings(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("model: é".encode("latin-1"))
+    with pytest.raises(SettingsError, match=r"latin.yaml cannot be read .*can't decode byte.*: name a YAML file"):
+        load_settings(tmp_path / "latin.yaml")
+
+
 def test_settings_survive_a_round_trip_through_yaml():
     settings = load_settings(LOCAL)
     assert parse_settings(yaml.safe_load(yaml.safe_dump(settings.model_dump(mode="json")))) == settings

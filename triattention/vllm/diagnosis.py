@@ -9,7 +9,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,12 @@ import psutil
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_configs
@@ -75,7 +77,8 @@ class _Refused(Exception):
 def diagnose(
     arguments: dict[str, Any], config: CompressionConfig, prompt_tokens: int, assume_memory: bool
 ) -> Diagnosis:
-    """`arguments`: of vLLM's `EngineArgs`, compression aside. `prompt_tokens`: of the request whose bound is told.
+    """`arguments`: of `vllm serve` by their Python names, compression aside. `prompt_tokens`: of the request whose
+    bound is told.
 
     `assume_memory`: nobody said how much KV memory there is to be. On a CPU half of what is free is taken then, for
     vLLM's default, most of the machine's memory, says little about the model.
@@ -85,8 +88,18 @@ def diagnose(
     if assume_memory and current_platform.is_cpu():
         arguments = {**arguments, "kv_cache_memory_bytes": psutil.virtual_memory().available // 2}
     with suppress(_Refused):
-        _diagnose(diagnosis, arguments, config, prompt_tokens)
+        _diagnose(diagnosis, _of_the_engine(diagnosis, arguments), config, prompt_tokens)
     return diagnosis
+
+
+def _of_the_engine(diagnosis: Diagnosis, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without those of vLLM's front end, which a replica takes too."""
+    engine = {argument.name for argument in fields(EngineArgs)}
+    others = set(arguments) - engine
+    with diagnosis.refusing("settings"):
+        if others and (unknown := sorted(others - set(vars(make_arg_parser(FlexibleArgumentParser()).parse_args([]))))):
+            raise ValueError(f"vLLM has no argument {', '.join(unknown)}: correct engine.extra in the settings")
+    return {name: value for name, value in arguments.items() if name in engine}
 
 
 def _diagnose(diagnosis: Diagnosis, arguments: dict[str, Any], config: CompressionConfig, prompt_tokens: int) -> None:
@@ -126,8 +139,9 @@ def _check_rope_and_policy(diagnosis: Diagnosis, vllm_config: VllmConfig, config
     diagnosis.add("RoPE", f"{pairs} pairs, {rope.rotary_dim} of {rope.head_dim} numbers rotated{scaling}")
     if config.statistics == "self":
         with diagnosis.refusing("policy"):
-            check_policy(config, vllm_config)
-        path = statistics_path(vllm_config.model_config)
+            path = statistics_path(vllm_config.model_config)
+            update = {"statistics": path} if path.exists() else {}
+            check_policy(config.model_copy(update=update), vllm_config)
         state = f"those in {path} are used" if path.exists() else "they are measured at the first start"
         diagnosis.add("policy", f"{config.policy}; statistics: self, {state}", "note")
         return

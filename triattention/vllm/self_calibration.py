@@ -6,6 +6,7 @@ How they are measured is `triattention.calibration`'s.
 
 import fcntl
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
@@ -20,7 +22,8 @@ from vllm.platforms import current_platform
 
 from triattention.calibration import SHIPPED_TEXT, calibrate
 from triattention.config import CompressionConfig
-from triattention.statistics import FORMAT, QueryStatistics
+from triattention.rope import RopeParameters, read_config
+from triattention.statistics import FORMAT, QueryStatistics, model_facts
 
 # vLLM shows what its own loggers say, and no others'.
 logger = init_logger(f"vllm.{__name__}")
@@ -41,28 +44,28 @@ def with_statistics(config: CompressionConfig, vllm_config: VllmConfig, local_ra
             "`trifleet calibrate` and name its file"
         )
     path = statistics_path(vllm_config.model_config)
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            if not path.exists():
-                _measure(vllm_config.model_config, path, local_rank)
-            else:
-                logger.info("statistics is self: using those that another rank or start measured, %s", path)
-    except OSError as error:
-        raise ValueError(
-            f"statistics is self, but {path.parent} cannot be written ({error}): set VLLM_CACHE_ROOT to a folder "
-            "that can"
-        ) from error
+        lock = path.with_name(path.name + ".lock").open("w")
+    with lock:  # one process at a time on this machine; the lock ends with the process that holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            logger.info("statistics is self: using those that another rank or start measured, %s", path)
+        else:
+            _measure(vllm_config.model_config, path, local_rank)
     return config.model_copy(update={"statistics": path})
 
 
 def statistics_path(model: ModelConfig) -> Path:
-    """Where this machine keeps the statistics of just these weights and just this text."""
+    """Where this machine keeps the statistics of just these weights, this config of the engine's and this text."""
+    config = model.hf_text_config
     digest = hashlib.sha256(f"{FORMAT}".encode() + SHIPPED_TEXT.read_bytes())
     folder = _folder(model)
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         facts = file.stat()
         digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
+    served = [model_facts(config), RopeParameters.from_config(config).plain()]
+    digest.update(json.dumps(served, sort_keys=True).encode())
     return Path(envs.VLLM_CACHE_ROOT) / "triattention" / f"{folder.name}-{digest.hexdigest()[:16]}.safetensors"
 
 
@@ -73,13 +76,18 @@ def _measure(model: ModelConfig, path: Path, local_rank: int) -> None:
         "better, see `trifleet calibrate`", model.model, device,
     )  # fmt: skip
     began = time.monotonic()
+    folder = _folder(model)
     try:
-        statistics: QueryStatistics = calibrate(_folder(model), SHIPPED_TEXT, path, device=device)
+        statistics: QueryStatistics = calibrate(
+            folder, SHIPPED_TEXT, None, device=device, config=read_config(folder, model.hf_overrides)
+        )
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"statistics is self, but {model.model} does not fit on {device} beside what is there: run `trifleet "
             "calibrate` and name its file"
         ) from error
+    with _writing(path):
+        statistics.save(path)
     if device != "cpu":
         torch.accelerator.empty_cache()
     logger.info(
@@ -98,8 +106,11 @@ def _folder(model: ModelConfig) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time on this machine; the lock ends with the process that holds it."""
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _writing(path: Path) -> Iterator[None]:
+    try:
         yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"statistics is self, but {path.parent} cannot be written ({error}): set VLLM_CACHE_ROOT to a folder that "
+            "can"
+        ) from error
