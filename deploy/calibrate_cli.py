@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deploy.output import writable
+from deploy.output import picture, writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -58,7 +58,7 @@ def calibrate(
     ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")] = "cpu",
     heatmap: Annotated[
-        Path | None, typer.Option(help="Draw the mean resultant length of every head into this PNG.", callback=writable)
+        Path | None, typer.Option(help="Draw the mean resultant length of every head into this picture.", callback=picture)
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures of every head here.", callback=writable)
