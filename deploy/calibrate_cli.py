@@ -58,7 +58,8 @@ def calibrate(
     ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")] = "cpu",
     heatmap: Annotated[
-        Path | None, typer.Option(help="Draw the mean resultant length of every head into this picture.", callback=picture)
+        Path | None,
+        typer.Option(help="Draw every head's mean resultant length into this picture.", callback=picture),
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures of every head here.", callback=writable)
