@@ -16,7 +16,7 @@ def test_hostile_requests_meet_no_5xx_and_leave_nothing(fleet: RunningFleet) -> 
     print(f"{figures['cases']} hostile requests: {figures['statuses']}")
     assert figures["unexpected_5xx"] == 0, figures["examples"]
     assert figures["hung"] == figures["leaked_blocks"] == figures["leaked_reservations"] == 0
-    assert figures["statuses"]["200"] > 10
+    assert figures["statuses"]["200"] > 3  # about one in five is valid
 
 
 @pytest.mark.parametrize("fault", ["coordinator_killed", "engine_killed"])
