@@ -3,8 +3,8 @@
 Bodies are schemathesis' own, made from the endpoint's OpenAPI document: some that fit its schema and some that do not.
 Half of them go as they are; of the others a few fields are laid over a small valid request, because whole ones mostly
 fail at the first check. Every eighth request is bytes that are no JSON at all, or JSON that is hard on a parser. Some
-clients leave before the answer. The same seed makes the same requests, as long as the code is the same: Hypothesis takes
-numbers and words from it.
+clients leave before the answer. The same seed makes the same requests as long as the code is the same: Hypothesis draws
+numbers and words from that.
 """
 
 import asyncio
