@@ -198,7 +198,6 @@ class Router:
     async def _placed(
         self, request: Admissible, endpoint: Endpoint, failed: str | None, arrived_at: float
     ) -> dict[str, Any] | None:
-
         def headers(reservation: str, length_class: str | None = None) -> dict[str, str]:
             values = {
                 RESERVATION: reservation,

@@ -26,7 +26,7 @@ from replicas.door import Door
 from replicas.gate import Gate
 from replicas.headers import REFUSAL, RESERVATION, Answer
 from replicas.limits import RequestLimits, check_body
-from replicas.turnstile import Allowance, Turnstile
+from replicas.turnstile import Allowance
 from tests.fleet.test_replica_parts import Book
 
 KEY, ADMIN_KEY = "tf-a-key-of-gold", "tf-an-admin-key"
@@ -427,15 +427,6 @@ async def test_a_key_has_so_many_requests_at_once_and_not_one_more(ring):
         assert (await ask.post("/v1/completions", json={}, headers=bearer(KEY))).status_code == 200
 
 
-def test_a_minute_has_so_many_beginnings_and_comes_back_evenly():
-    turnstile, allowance = Turnstile(), Allowance(requests_per_minute=6)
-    assert [turnstile.begin("a", allowance, 0.0) is None for _ in range(7)] == [True] * 6 + [False]
-    assert turnstile.begin("b", allowance, 0.0) is None
-    assert turnstile.begin("a", allowance, 9.9) is not None
-    assert turnstile.begin("a", allowance, 10.1) is None
-    assert turnstile.begin("a", allowance, 10.1) is not None
-
-
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -448,28 +439,3 @@ FIELDS = st.sampled_from(["n", "stop", "prompt", "messages", "logprobs", "max_to
 def test_whatever_a_body_holds_the_limits_answer_or_let_it_pass(body):
     refused = check_body(body, SMALL)
     assert refused is None or json.dumps(refused.body())
-
-
-@pytest.mark.parametrize("limit", [7, 22, 100, 1999])
-def test_a_whole_minute_may_begin_at_once(limit):
-    turnstile, allowance = Turnstile(), Allowance(requests_per_minute=limit)
-    assert sum(turnstile.begin("a", allowance, 12345.678) is None for _ in range(limit + 1)) == limit
-
-
-def test_a_minute_is_kept_however_many_keys_of_other_tiers_begin_requests():
-    turnstile, slow, fast = Turnstile(), Allowance(requests_per_minute=6), Allowance(requests_per_minute=6000)
-    assert [turnstile.begin("slow", slow, 0.0) is None for _ in range(7)] == [True] * 6 + [False]
-    for number in range(2000):
-        assert turnstile.begin(f"fast {number}", fast, number / 1000) is None
-    assert turnstile.begin("slow", slow, 2.0) is not None
-
-
-def test_keys_with_a_full_minute_left_are_forgotten():
-    turnstile = Turnstile()
-    for number in range(100):
-        turnstile.begin(f"fast {number}", Allowance(requests_per_minute=60), 0.0)
-        turnstile.begin(f"slow {number}", Allowance(requests_per_minute=6), 0.0)
-    turnstile.begin("next", Allowance(requests_per_minute=60), 5.0)
-    assert len(turnstile._spent) == 101
-    turnstile.begin("next", Allowance(requests_per_minute=60), 10.5)
-    assert len(turnstile._spent) == 1
