@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, Qwen3Config
-from vllm import LLM
+from vllm import LLM, envs
 from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
 
@@ -56,6 +56,12 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 """Large weights make the models sensitive to what they attend to."""
+
+
+@pytest.fixture(autouse=True)
+def environment_is_read_anew() -> None:
+    """An engine that has started in this process has vLLM keep what it read of the environment, for every test."""
+    envs.disable_envs_cache()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.executor import Executor, abstract
+from vllm.v1.executor import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from tests.engine.conftest import SIZES, save_tiny_model
@@ -82,8 +81,7 @@ def test_an_executor_that_runs_the_model_past_the_worker(tiny_model: Path, monke
     config = vllm_config(tiny_model)
     config.parallel_config.distributed_executor_backend = "ray"
     check_supported(config)
-    # Not in the environment: vLLM keeps what it has read there once an engine of this process has started.
-    monkeypatch.setattr(abstract, "envs", SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=False))
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
     [sentence] = refusals(config)
     assert sentence.startswith("KV compression does not support the executor RayDistributedExecutor (")
     assert "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND" in sentence
