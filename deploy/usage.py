@@ -1,23 +1,25 @@
-"""What every tier has used so far: sums of what the replicas count, kept when a replica goes."""
+"""What every tier has used since the coordinator's start: sums of what the replicas count, kept when one goes."""
 
 from collections.abc import Mapping
 
 from deploy.messages import CapacityReport, Pace, TierUsage
 
-# Of so many engines, the last heard of, it is known what each has used: one that comes back after more counts twice.
+# Of so many engines, the last heard of, it is known what each used; one that comes back after more counts from then.
 REMEMBERED_ENGINES = 10_000
 
 
 class UsageBook:
     """Replicas report totals since their engine's start, so of each engine what has been added since it was last looked
-    at goes on top: also of one that counted as gone and comes back. Nothing is ever taken away, because a counter that
-    falls by a rounding error looks like one that began anew."""
+    at goes on top: also of one that counted as gone and comes back. What an engine had used when it was first heard of
+    is not counted: a new one has used nothing, and of one that is older than this book Prometheus has seen it already
+    and, as the sums begin anew, would count it twice. Nothing is ever taken away, because a counter that falls by a
+    rounding error looks like one that began anew, too."""
 
     def __init__(self) -> None:
         self._newest: dict[tuple[str, str], Mapping[str, TierUsage]] = {}
         """Replica and epoch of its engine -> the totals by tier; the last heard of last."""
         self._counted: dict[tuple[str, str], Mapping[str, TierUsage]] = {}
-        """What of them is in the sums."""
+        """What of them is in the sums, or was used before."""
         self._totals: dict[str, TierUsage] = {}
 
     def observe(self, report: CapacityReport) -> None:
@@ -25,11 +27,12 @@ class UsageBook:
         engine = (report.replica, report.epoch)
         self._newest.pop(engine, None)
         self._newest[engine] = report.tiers
+        self._counted.setdefault(engine, report.tiers)
 
     def totals(self) -> dict[str, TierUsage]:
-        """By tier, over all engines that ever reported."""
+        """By tier, over all engines that reported, from their first report on."""
         for engine, tiers in self._newest.items():
-            counted = self._counted.get(engine, {})
+            counted = self._counted[engine]
             if tiers is not counted:
                 self._counted[engine] = tiers
                 for tier, usage in tiers.items():
