@@ -48,9 +48,10 @@ from deploy.metrics import (
     TOTAL_BLOCKS,
 )
 
-# Nothing is placed on a replica that is silent or drains: its headroom is not the fleet's.
+# Nothing is placed on a replica that is silent or drains: its headroom is not the fleet's. Below 0 a replica has
+# promised too much, which is not missing on the others.
 TAKES_REQUESTS = f"{series(FRESH)} * (1 - {series(DRAINING)})"
-PLACEABLE = f"{series(HEADROOM_BLOCKS)} * {TAKES_REQUESTS}"
+PLACEABLE = f"clamp_min({series(HEADROOM_BLOCKS)}, 0) * {TAKES_REQUESTS}"
 # As a filter: the 0 of a replica that takes nothing is neither the least nor the most that one has left.
 OF_PLACEABLE = f"({series(HEADROOM_BLOCKS)} and {TAKES_REQUESTS} == 1)"
 # As in the rule of TrifleetHeadroomLow. Where all drain, nothing is left.
@@ -118,7 +119,7 @@ def dashboard() -> Dashboard:
                 Query(f"sum({series(HELD_BLOCKS)})", "live"),
                 Query(f"sum({series(PREDICTED_BLOCKS)})", "predicted"),
                 Query(f"sum({series(RESERVED_BLOCKS)})", "reserved"),
-                Query(f"sum(clamp_min({PLACEABLE}, 0))", "headroom"),
+                Query(f"sum({PLACEABLE})", "headroom"),
                 Query(f"sum(clamp_min({series(HEADROOM_BLOCKS)}, 0) * (1 - {TAKES_REQUESTS}))", "out of placement"),
                 Query(f"sum({WATERMARK})", "watermark"),
                 line=Query(f"sum({series(TOTAL_BLOCKS)})", "capacity"),

@@ -63,8 +63,11 @@ def test_promtool_would_find_a_metric_without_help(promtool):
     assert code != 0
 
 
-def test_the_panel_of_headroom_divides_by_what_its_alert_divides_by():
+def test_the_panel_of_headroom_is_what_its_alert_looks_at():
     (panel,) = (query for query in panel_queries() if "Headroom, share of the pools" in query.where)
-    (rule,) = (rule["expr"] for rule in rules() if rule.get("record") == "model:trifleet_headroom:ratio")
-    of_panel = re.sub(r"\{.*?\}", "", panel.expr).partition(" / ")[2]
-    assert of_panel == rule.partition("/")[2].strip().replace("sum by (cluster, model) ", "sum")
+    recorded = {rule["record"]: rule["expr"] for rule in rules() if "record" in rule}
+    headroom, _, pools = re.sub(r"\{.*?\}", "", panel.expr).partition(" / ")
+    rule = recorded["model:trifleet_headroom_blocks:sum"].replace("sum by (cluster, model) ", "sum")
+    assert headroom == rule.replace("replica:trifleet_placeable:bool", recorded["replica:trifleet_placeable:bool"])
+    ratio = recorded["model:trifleet_headroom:ratio"]
+    assert pools == ratio.partition("/")[2].strip().replace("sum by (cluster, model) ", "sum")
