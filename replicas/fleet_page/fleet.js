@@ -6,6 +6,7 @@ const POLL_MS = 1000;
 const TIMEOUT_MS = 5000;
 const MOST_SECONDS = 180; // of the past that are shown; at first fewer, so that the picture is never empty
 const LEAST_SECONDS = 30;
+const GAP_SECONDS = 6; // after more without an answer (a pause, a tab that slept) it is not known when things happened
 const RING_MS = 1600;
 const MOST_SQUARES = 448;
 
@@ -220,7 +221,8 @@ class Card {
     this.part = (selector) => this.element.querySelector(selector);
     this.part(".name").textContent = `Replica ${replica.replica}`;
     this.part(".name").title = replica.replica;
-    this.events = []; // {at, compactions, freed}
+    this.events = []; // {at, compactions}
+    this.since = null; // seconds of which nothing is missing begin here
     this.rings = 0;
     this.ringed = 0;
     this.frame = 0; // that is asked for and has not come; cancelling one that has is no harm
@@ -233,7 +235,10 @@ class Card {
     const compactions = engine.compactions - before.compactions;
     const freed = engine.freed_blocks - before.freed_blocks;
     this.replica = replica;
-    this.events.push({ at, compactions });
+    const last = this.events.at(-1);
+    const isGap = !last || at - last.at > GAP_SECONDS;
+    if (isGap) this.since = at;
+    this.events.push({ at, compactions: isGap ? 0 : compactions });
     while (this.events[0].at < at - MOST_SECONDS) this.events.shift();
     if (freed > 0) { this.rings = freed; this.ringed = performance.now(); }
     this.element.classList.toggle("silent", !replica.fresh);
@@ -258,8 +263,9 @@ class Card {
     svg.innerHTML = this.events.filter((event) => event.compactions > 0).map((event) =>
       `<rect x="${(event.at - now + seconds - 1).toFixed(2)}" y="${most - event.compactions}" width="0.7" ` +
       `height="${event.compactions}"/>`).join("");
-    const minute = sum(this.events.filter((event) => event.at > now - 60), (event) => event.compactions);
-    const text = `${count(minute, "compaction")} in the last minute`;
+    const seen = Math.max(1, Math.min(60, Math.round(now - this.since)));
+    const recent = sum(this.events.filter((event) => event.at > now - seen), (event) => event.compactions);
+    const text = `${count(recent, "compaction")} in the last ${seen === 60 ? "minute" : count(seen, "second")}`;
     svg.setAttribute("aria-label", `Compactions by second: ${text}.`);
     const [size, unit] = bytes(this.replica.engine.freed_blocks * this.replica.engine.bytes_per_block);
     this.part(".pace").textContent = `${text}; ${size} ${unit} reclaimed so far`;

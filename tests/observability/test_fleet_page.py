@@ -107,7 +107,31 @@ def test_it_shows_the_fleet_live(page):
     page.wait_for(f"Number(document.querySelector('#compactions').textContent.replace(',', '')) > {before}")
     page.wait_for("document.querySelectorAll('#curve path.live')[0].getAttribute('d').includes('L')")
     page.wait_for("document.querySelector('.strip rect') !== null")
-    assert re.search(r"[1-9]\d* compactions? in the last minute", text(page, ".pace"))
+    assert re.search(r"[1-9]\d* compactions? in the last (\d+ seconds?|minute)", text(page, ".pace"))
+
+
+def test_what_happened_while_nobody_looked_belongs_to_no_second(page):
+    """After a pause, or in a tab that slept, a poll brings the compactions of all that time."""
+    page.evaluate("document.querySelector('#pause').click()")
+    before = page.evaluate("JSON.stringify([...cards.values()][0].replica)")
+    shown = page.evaluate(f"""(() => {{
+        const card = [...cards.values()][0], {{ engine, ...rest }} = {before}, now = card.events.at(-1).at;
+        const at = (seconds, more) => card.update(
+            {{ ...rest, engine: {{ ...engine, compactions: engine.compactions + more }} }}, now + seconds);
+        at(600, 500);
+        const first = card.part(".pace").textContent;
+        at(601, 503);
+        at(602, 503);
+        const then = card.part(".pace").textContent;
+        for (let second = 603; second <= 700; second += 1) at(second, 503 + second - 602);
+        return [first, then, card.part(".pace").textContent, Math.max(...card.events.map((one) => one.compactions))];
+    }})()""")
+    assert [said.partition(";")[0] for said in shown[:3]] == [
+        "0 compactions in the last 1 second",
+        "3 compactions in the last 2 seconds",
+        "60 compactions in the last minute",
+    ]
+    assert shown[3] < 500
 
 
 def test_a_pool_is_drawn_in_proportion_and_said_in_words(page):
