@@ -11,8 +11,10 @@ from triattention.bounds import blocks_bound, cdiv
 from triattention.config import CompressionConfig
 
 GIB = 1024**3
-# Tokens scheduled but not processed while a request decodes: vLLM's async scheduling keeps two steps in flight.
-DECODE_IN_FLIGHT_TOKENS = 2
+# Steps whose tokens are scheduled but not processed, with vLLM's async scheduling: a token each of one that decodes.
+STEPS_IN_FLIGHT = DECODE_IN_FLIGHT_TOKENS = 2
+# vLLM's default for an engine that is no server of its own, as in a fleet.
+MAX_NUM_BATCHED_TOKENS = 2048
 
 
 class PlanError(ValueError):
@@ -84,6 +86,7 @@ class Plan:
     compression: CompressionConfig
     tensor_parallel: int
     block_size: int
+    max_num_batched_tokens: int
     weights_bytes: int
     kv_bytes: int
     """What is left for the KV pool."""
@@ -113,6 +116,7 @@ def make_plan(
     *,
     tensor_parallel: int = 1,
     block_size: int = 16,
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
     prices: Prices | None = None,
 ) -> Plan:
     """Raises `PlanError` where the weights alone do not fit, or the heads cannot be split over the GPUs."""
@@ -136,9 +140,8 @@ def make_plan(
             f"{gpu.overhead_bytes / GIB:.1f} GiB, but vLLM may use {gpu.utilization:.0%} of "
             f"{gpu.memory_bytes / GIB:.1f} GiB: split the model over more GPUs, take larger ones, or quantize it."
         )
-    # One block more than the window: it begins in the middle of one and ends in the middle of another.
-    window_blocks = cdiv(min(model.sliding_window, load.total_tokens), block_size) + 1
-    sliding = window_blocks * block_size * model.bytes_per_token(model.sliding_layers, tensor_parallel)
+    sliding = _sliding_blocks(model, load, block_size, max_num_batched_tokens)
+    sliding *= block_size * model.bytes_per_token(model.sliding_layers, tensor_parallel)
 
     def side(config: CompressionConfig | None) -> Side:
         blocks = blocks_bound(load.prompt_tokens, load.total_tokens, block_size, config, DECODE_IN_FLIGHT_TOKENS)
@@ -154,6 +157,7 @@ def make_plan(
         compression=compression,
         tensor_parallel=tensor_parallel,
         block_size=block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
         weights_bytes=weights,
         kv_bytes=kv,
         bytes_per_token=per_token,
@@ -162,6 +166,22 @@ def make_plan(
         total_blocks=kv // per_block - 1,
         without_compression=side(None),
         with_compression=side(compression),
+    )
+
+
+def _sliding_blocks(model: ModelShape, load: Load, block_size: int, max_num_batched_tokens: int) -> int:
+    """Most blocks that a request holds of a sliding layer, as the engine admits it (`triattention.vllm.pool`).
+
+    A window slides when its tokens are processed, so what is in flight is held on top: of a prompt whole steps.
+    """
+
+    def most(tokens: int, in_flight: int) -> int:
+        # One block more: the window begins in the middle of one and ends in the middle of another.
+        return min(cdiv(tokens, block_size), cdiv(model.sliding_window - 1 + in_flight, block_size) + 1)
+
+    prefilled = min(load.total_tokens, load.prompt_tokens + DECODE_IN_FLIGHT_TOKENS)
+    return max(
+        most(prefilled, STEPS_IN_FLIGHT * max_num_batched_tokens), most(load.total_tokens, DECODE_IN_FLIGHT_TOKENS)
     )
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from deploy.model_shape import ModelError, read_shape
 from deploy.output import picture, writable
-from deploy.plan import GIB, Gpu, Load, Plan, PlanError, Prices, Side, make_plan
+from deploy.plan import GIB, MAX_NUM_BATCHED_TOKENS, Gpu, Load, Plan, PlanError, Prices, Side, make_plan
 from triattention.config import CompressionConfig
 
 console = Console()
@@ -31,6 +31,9 @@ def plan(
     interval: Annotated[int, typer.Option(help="Tokens between compactions (compression.interval).")] = 128,
     tensor_parallel: Annotated[int, typer.Option(help="GPUs of one replica.", min=1)] = 1,
     block_size: Annotated[int, typer.Option(help="Tokens of a KV block; vLLM's default on a GPU is 16.", min=1)] = 16,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Tokens of a step: so much of a prompt sliding layers hold, twice.", min=1)
+    ] = MAX_NUM_BATCHED_TOKENS,
     utilization: Annotated[
         float, typer.Option(help="Share of the GPU that vLLM may use (gpu_memory_utilization).", min=0.01, max=1)
     ] = 0.92,
@@ -68,6 +71,7 @@ def plan(
             compression,
             tensor_parallel=tensor_parallel,
             block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
             prices=Prices(price, watts, price_kwh),
         )
     except (ModelError, PlanError) as error:
@@ -195,7 +199,8 @@ def draw(made: Plan, file: Path) -> None:
 def _at(made: Plan, output_tokens: int, side: str) -> Side:
     load = Load(made.load.prompt_tokens, output_tokens, made.load.users)
     other = make_plan(made.model, made.gpu, load, made.compression,
-                      tensor_parallel=made.tensor_parallel, block_size=made.block_size)  # fmt: skip
+                      tensor_parallel=made.tensor_parallel, block_size=made.block_size,
+                      max_num_batched_tokens=made.max_num_batched_tokens)  # fmt: skip
     return other.without_compression if side == _SIDES[0] else other.with_compression
 
 

@@ -4,12 +4,15 @@ import json
 import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
+from vllm.config import SchedulerConfig
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 import bundled
 from deploy.cli import app
 from deploy.model_shape import ModelError, presets, read_shape
-from deploy.plan import GIB, Gpu, Load, PlanError, Prices, make_plan
+from deploy.plan import GIB, MAX_NUM_BATCHED_TOKENS, Gpu, Load, PlanError, Prices, make_plan
 from tests.unit.reports import compression
 from tests.unit.tiny_models import SIZES
 
@@ -78,8 +81,27 @@ def test_sliding_layers_hold_their_window_whatever_the_length(tmp_path):
     shape = read_shape(write_config(tmp_path, layer_types=kinds, sliding_window=64, use_sliding_window=True))
     assert (shape.full_layers, shape.sliding_layers, shape.sliding_window) == (1, 2, 64)
     plans = [make_plan(shape, Gpu(GIB, 1, 0), Load(16, n, 1), compression(64), block_size=16) for n in (1000, 4000)]
-    assert plans[0].sliding_bytes_per_request == plans[1].sliding_bytes_per_request == (4 + 1) * 16 * 2 * 2 * 2 * 16 * 2
+    # 63 tokens before the one that decodes, and two in flight, from the middle of a block on.
+    assert plans[0].sliding_bytes_per_request == plans[1].sliding_bytes_per_request == (5 + 1) * 16 * 2 * 2 * 2 * 16 * 2
     assert plans[0].bytes_per_token == 2 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "batched", "blocks"),
+    [(1000, 2048, 63), (10_000, 2048, 261), (10_000, 256, 37)],
+    ids=["whole prompt in flight", "two steps and the window", "two short steps and the window"],
+)
+def test_sliding_layers_hold_what_of_a_prompt_is_in_flight(tmp_path, prompt, batched, blocks):
+    """As the engine admits hybrids (`Pool._others_bound`): a window begins to slide when its tokens are processed."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    shape = read_shape(write_config(tmp_path, layer_types=kinds, sliding_window=64, use_sliding_window=True))
+    load = Load(prompt, 1000, 1)
+    plan = make_plan(shape, Gpu(GIB, 1, 0), load, compression(64), block_size=16, max_num_batched_tokens=batched)
+    assert plan.sliding_bytes_per_request == blocks * 16 * 2 * 2 * 2 * 16 * 2
+    spec = SlidingWindowSpec(16, num_kv_heads=2, head_size=16, dtype=torch.bfloat16, sliding_window=64)
+    admitted = spec.max_admission_blocks_per_request(2 * batched, max_model_len=40_000)
+    assert blocks == min(-(-(prompt + 2) // 16), admitted)
+    assert SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS == MAX_NUM_BATCHED_TOKENS
 
 
 @pytest.mark.parametrize(("changes", "heads"), [({}, 1), ({"new_decoder_architecture": True, "num_kv_heads": 2}, 2)])
