@@ -56,10 +56,10 @@ def check(metrics_url: str, seconds: float) -> Observability:
     with running_prometheus(metrics_url, STEP_SECONDS) as prometheus:
         began = time.time()
         time.sleep(seconds)
-        return ask_everything(prometheus, began, _scraped_moment(prometheus))
+        return ask_everything(prometheus, began, scraped_moment(prometheus))
 
 
-def _scraped_moment(prometheus: Prometheus) -> float:
+def scraped_moment(prometheus: Prometheus) -> float:
     """A moment just now of which all scrapes have ended, the last of them well: one that takes longer than a second, as
     on a busy machine, leaves no series fresh. The last one tried where there is none for PATIENCE_SECONDS."""
     deadline = time.time() + PATIENCE_SECONDS

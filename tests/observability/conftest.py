@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from tests.observability.check import scraped_moment
 from tests.observability.debian import ProgramMissing, tool
 from tests.observability.fake_fleet import fake_fleet_server
 from tests.observability.prometheus import running_prometheus
@@ -23,7 +24,7 @@ def watched():
     with fake_fleet_server() as url, running_prometheus(url) as prometheus:
         began = time.time()
         time.sleep(WATCH_SECONDS)
-        yield prometheus, began, time.time()
+        yield prometheus, began, scraped_moment(prometheus)
 
 
 def _installed(name, package):
