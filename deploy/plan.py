@@ -13,8 +13,6 @@ from triattention.config import CompressionConfig
 GIB = 1024**3
 # Steps whose tokens are scheduled but not processed, with vLLM's async scheduling: a token each of one that decodes.
 STEPS_IN_FLIGHT = DECODE_IN_FLIGHT_TOKENS = 2
-# vLLM's default for an engine that is no server of its own, as in a fleet.
-MAX_NUM_BATCHED_TOKENS = 2048
 
 
 class PlanError(ValueError):
@@ -116,10 +114,13 @@ def make_plan(
     *,
     tensor_parallel: int = 1,
     block_size: int = 16,
-    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+    max_num_batched_tokens: int | None = None,
     prices: Prices | None = None,
 ) -> Plan:
-    """Raises `PlanError` where the weights alone do not fit, or the heads cannot be split over the GPUs."""
+    """`max_num_batched_tokens`: None is vLLM's default on such a GPU.
+
+    Raises `PlanError` where the weights alone do not fit, or the heads cannot be split over the GPUs.
+    """
     if model.attention_heads % tensor_parallel:
         raise PlanError(
             f"tensor parallel is {tensor_parallel}, but {model.name} has {model.attention_heads} attention heads: "
@@ -140,6 +141,7 @@ def make_plan(
             f"{gpu.overhead_bytes / GIB:.1f} GiB, but vLLM may use {gpu.utilization:.0%} of "
             f"{gpu.memory_bytes / GIB:.1f} GiB: split the model over more GPUs, take larger ones, or quantize it."
         )
+    max_num_batched_tokens = max_num_batched_tokens or _default_max_num_batched_tokens(gpu)
     sliding = _sliding_blocks(model, load, block_size, max_num_batched_tokens)
     sliding *= block_size * model.bytes_per_token(model.sliding_layers, tensor_parallel)
 
@@ -167,6 +169,13 @@ def make_plan(
         without_compression=side(None),
         with_compression=side(compression),
     )
+
+
+def _default_max_num_batched_tokens(gpu: Gpu) -> int:
+    """As `EngineArgs.get_batch_defaults` of vLLM has it for a server; for an A100 of 80 GB it has 2,048, too."""
+    if gpu.memory_bytes >= 160 * GIB:
+        return 16_384
+    return 8192 if gpu.memory_bytes >= 70 * GIB else 2048
 
 
 def _sliding_blocks(model: ModelShape, load: Load, block_size: int, max_num_batched_tokens: int) -> int:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from deploy.model_shape import ModelError, read_shape
 from deploy.output import picture, writable
-from deploy.plan import GIB, MAX_NUM_BATCHED_TOKENS, Gpu, Load, Plan, PlanError, Prices, Side, make_plan
+from deploy.plan import GIB, Gpu, Load, Plan, PlanError, Prices, Side, make_plan
 from triattention.config import CompressionConfig
 
 console = Console()
@@ -32,8 +32,9 @@ def plan(
     tensor_parallel: Annotated[int, typer.Option(help="GPUs of one replica.", min=1)] = 1,
     block_size: Annotated[int, typer.Option(help="Tokens of a KV block; vLLM's default on a GPU is 16.", min=1)] = 16,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Tokens of a step: so much of a prompt sliding layers hold, twice.", min=1)
-    ] = MAX_NUM_BATCHED_TOKENS,
+        int | None,
+        typer.Option(help="Tokens of a step: sliding layers hold twice as much of a prompt. [default: vLLM's]", min=1),
+    ] = None,
     utilization: Annotated[
         float, typer.Option(help="Share of the GPU that vLLM may use (gpu_memory_utilization).", min=0.01, max=1)
     ] = 0.92,

@@ -16,6 +16,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -82,7 +83,10 @@ class Engine:
         def tap(config: VllmConfig, index: int) -> StatLoggerBase:
             return _ReportTap(listener, on_end)
 
-        client = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), stat_loggers=[tap])
+        # What the settings leave open is as in vLLM's own server: tokens of a step, for one, hang on it.
+        client = AsyncLLM.from_engine_args(
+            AsyncEngineArgs.from_cli_args(args), usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[tap]
+        )
         tasks = await client.get_supported_tasks()
         app = build_app(args, tasks, client.model_config)
         await init_app_state(client, app.state, args, tasks)

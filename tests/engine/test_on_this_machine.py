@@ -1,9 +1,38 @@
-"""What a CPU asks for where the settings leave it open. tests/fleet starts two engines of so many blocks each."""
+"""What an engine runs with where the settings leave it open. tests/fleet starts two engines of so many blocks each."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
 
+from replicas.engine import Engine
 from triattention.vllm import on_this_machine
+
+
+async def test_an_open_setting_is_what_vllms_own_server_takes(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an H100 a server's steps are of 8,192 tokens, and those of an engine that says not what it is for of 2,048."""
+    batched = {UsageContext.OPENAI_API_SERVER: 300, UsageContext.LLM_CLASS: 301}
+    monkeypatch.setattr(EngineArgs, "get_batch_defaults", lambda *_: (batched, {}))
+    made = []
+
+    class Made(Exception): ...
+
+    def stop(self: AsyncLLM, *, vllm_config: Any, **_: Any) -> None:
+        made.append(vllm_config)
+        raise Made
+
+    monkeypatch.setattr(AsyncLLM, "__init__", stop)
+    arguments = {"model": str(tiny_model), "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8}
+    with pytest.raises(Made):
+        await Engine.start(arguments, None, lambda report: None, lambda request, seconds: None)
+    assert [config.scheduler_config.max_num_batched_tokens for config in made] == [300]
+    assert AsyncEngineArgs(**arguments).create_engine_config().scheduler_config.max_num_batched_tokens == 2048
 
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, "auto"), (False, "float32")])

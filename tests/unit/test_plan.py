@@ -6,13 +6,15 @@ import re
 import pytest
 import torch
 from typer.testing import CliRunner
-from vllm.config import SchedulerConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 import bundled
 from deploy.cli import app
 from deploy.model_shape import ModelError, presets, read_shape
-from deploy.plan import GIB, MAX_NUM_BATCHED_TOKENS, Gpu, Load, PlanError, Prices, make_plan
+from deploy.plan import GIB, Gpu, Load, PlanError, Prices, make_plan
 from tests.unit.reports import compression
 from tests.unit.tiny_models import SIZES
 
@@ -101,7 +103,16 @@ def test_sliding_layers_hold_what_of_a_prompt_is_in_flight(tmp_path, prompt, bat
     spec = SlidingWindowSpec(16, num_kv_heads=2, head_size=16, dtype=torch.bfloat16, sliding_window=64)
     admitted = spec.max_admission_blocks_per_request(2 * batched, max_model_len=40_000)
     assert blocks == min(-(-(prompt + 2) // 16), admitted)
-    assert SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS == MAX_NUM_BATCHED_TOKENS
+
+
+@pytest.mark.parametrize("gib", [24, 48, 69, 70, 80, 141, 160, 288])
+def test_tokens_of_a_step_are_those_of_vllms_server_on_such_a_gpu(gib, monkeypatch):
+    monkeypatch.setattr(current_platform, "get_device_total_memory", lambda: gib * GIB)
+    monkeypatch.setattr(current_platform, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    tokens, _ = EngineArgs.get_batch_defaults(1)
+    plan = make_plan(read_shape(str(bundled.MODEL)), Gpu(gib * GIB, 0.9, 0), Load(16, 1000, 1), compression(64))
+    assert plan.max_num_batched_tokens == tokens[UsageContext.OPENAI_API_SERVER]
 
 
 @pytest.mark.parametrize(("changes", "heads"), [({}, 1), ({"new_decoder_architecture": True, "num_kv_heads": 2}, 2)])

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
@@ -104,7 +105,7 @@ def _of_the_engine(diagnosis: Diagnosis, arguments: dict[str, Any]) -> dict[str,
 
 def _diagnose(diagnosis: Diagnosis, arguments: dict[str, Any], config: CompressionConfig, prompt_tokens: int) -> None:
     with diagnosis.refusing("model"):
-        asked = EngineArgs(**arguments, **engine_arguments(config)).create_engine_config()
+        asked = EngineArgs(**arguments, **engine_arguments(config)).create_engine_config(UsageContext.OPENAI_API_SERVER)
     text = asked.model_config.hf_text_config
     heads, kv_heads = asked.model_config.hf_text_config.num_attention_heads, asked.model_config.get_total_num_kv_heads()
     diagnosis.add(
@@ -126,7 +127,9 @@ def _diagnose(diagnosis: Diagnosis, arguments: dict[str, Any], config: Compressi
     alone = {**arguments, "tensor_parallel_size": 1}
     unscored = config.model_copy(update={"policy": "random", "statistics": None})
     with diagnosis.refusing("machine"):
-        vllm_config = EngineArgs(**alone, **engine_arguments(unscored)).create_engine_config()
+        vllm_config = EngineArgs(**alone, **engine_arguments(unscored)).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
     with set_current_vllm_config(vllm_config):
         _check_worker(diagnosis, vllm_config, config, prompt_tokens)
 
