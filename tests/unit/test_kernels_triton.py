@@ -8,7 +8,15 @@ import torch
 from tests.unit import interpreted
 from tests.unit.interpreted import Interpret, interpreter
 from tests.unit.kernel_cases import make_case, worst_score_error
-from tests.unit.test_kernels import CACHES, DTYPES, check_compaction, check_plan, check_squeeze, check_squeeze_of_dummies, fills_of
+from tests.unit.test_kernels import (
+    CACHES,
+    DTYPES,
+    check_compaction,
+    check_plan,
+    check_squeeze,
+    check_squeeze_of_dummies,
+    fills_of,
+)
 
 GROUPS = (1, 2, 4, 8)
 HEAD_DIMS = (64, 80, 96, 128, 256)
