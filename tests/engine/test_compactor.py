@@ -53,6 +53,24 @@ def test_orders_of_a_step_do_what_they_do_one_after_the_other(selection: Selecti
     assert len(written) >= 4
 
 
+class Infinite(Policy):
+    """Every token is worth keeping."""
+
+    def score(self, keys: torch.Tensor, position: int) -> torch.Tensor:
+        return torch.full(keys.shape[:3], torch.inf)
+
+
+@pytest.mark.parametrize("selection", ["per_head", "per_layer_per_head"])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_a_shared_block_is_not_written_whatever_a_policy_says(selection: Selection, segments: int) -> None:
+    config = CompressionConfig(budget=32, window=4, policy="random", selection=selection, segments=segments)
+    before = torch.randn((3, 15, BLOCK, 2, 128))
+    memory = before.clone()
+    Compactor(config, *caches(memory), Infinite()).carry_out([order("a", [8, 9, 10, 11], 64, 2, protected=(2,))])
+    changed = (memory != before).any(dim=(0, 2, 3, 4))
+    assert set(changed.nonzero().flatten().tolist()) == {11}
+
+
 def test_an_order_waits_for_one_that_reads_what_it_writes_into() -> None:
     a, b, c = SHARING
     assert list(independent(SHARING)) == [[a], [b, c]]

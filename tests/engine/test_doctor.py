@@ -28,12 +28,21 @@ compression: {{budget: 256, interval: 128, window: 64, statistics: {statistics}}
 """
 
 
-def doctor(folder: Path, *options: str) -> tuple[int, str, dict[str, Any]]:
+V2_RUNNER = """
+from types import SimpleNamespace
+from tests.engine.interpreted_engine import FakeActiveDriver
+from triton.backends import backends
+backends["cpu"] = SimpleNamespace(driver=FakeActiveDriver)
+"""
+"""As on a GPU: vLLM's V2 model runner asks for Triton, which the interpreter stands in for."""
+
+
+def doctor(folder: Path, *options: str, before: str = "") -> tuple[int, str, dict[str, Any]]:
     """Exit code, output and JSON of the command in a process of its own, for it starts a worker."""
     command = [
         sys.executable,
         "-c",
-        "from deploy.cli import app; app()",
+        f"{before}\nfrom deploy.cli import app; app()",
         "doctor",
         *options,
         "--json",
@@ -71,6 +80,16 @@ def test_a_model_that_is_served_and_why(hybrid: Path, tmp_path: Path) -> None:
     sliding = numbers["blocks_without_compression"] - 2048 // 32
     assert numbers["blocks_bound"] == 16 + sliding
     assert numbers["requests_at_once"] == 99 // numbers["blocks_bound"]
+
+
+def test_a_model_is_served_by_the_model_runner_of_gpus_too(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    extra = "gpu_memory_utilization: 0.05, enable_lora: true"
+    code, output, figures = doctor(tmp_path, "-f", fleet_with(extra, tmp_path, tiny_model), before=V2_RUNNER)
+    assert code == 0, output
+    assert "CPU_ATTN, V2 model runner" in findings(figures)["KV cache"][1]
 
 
 def fleet_with(extra: str, folder: Path, model: Path) -> str:

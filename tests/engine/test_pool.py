@@ -4,6 +4,7 @@
 
 import random
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from transformers import Gemma2Config
@@ -146,6 +147,26 @@ def test_a_prompt_that_is_streamed_in_pieces_is_refused(engine: EngineFactory, m
     assert [(output.request_id, str(output.finish_reason)) for output in outputs[0].outputs] == [("s", "error")]
     assert "its prompt is streamed in pieces (resumable is True)" in said[0]
     core.step()
+    assert_pool_whole(llm)
+
+
+@pytest.mark.parametrize("prompt", ["pin", "compress"])
+def test_an_image_read_in_both_directions_is_refused_in_a_compressed_prompt(
+    engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, prompt: Literal["pin", "compress"]
+) -> None:
+    llm = engine(CONFIG.model_copy(update={"prompt": prompt}), blocks=41)
+    scheduler, said = scheduler_of(llm), []
+    monkeypatch.setattr("triattention.vllm.scheduler.logger.error", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(scheduler.vllm_config.model_config, "is_mm_prefix_lm", True)
+    sampling = SamplingParams(temperature=0, max_tokens=20)
+    sampling.update_from_generation_config({}, None)
+    image = MultiModalFeatureSpec(None, "image", "a picture", PlaceholderRange(offset=4, length=16))
+    scheduler.add_request(Request("text", tokens(40), sampling, None))
+    scheduler.add_request(Request("image", tokens(40), sampling, None, mm_features=[image]))
+    refused = ["image"] if prompt == "compress" else []
+    assert [request.request_id for request in scheduler.refused] == refused
+    assert ["prompt is compress" in sentence for sentence in said] == [True] * len(refused)
+    scheduler.finish_requests(["text", "image"], RequestStatus.FINISHED_ABORTED)
     assert_pool_whole(llm)
 
 

@@ -51,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "speculative decoding": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     },
+    "a diffusion model": {"diffusion_config": {"canvas_length": 16}},
     "a KV connector": {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
     "decode context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
     "pipeline parallelism": {"pipeline_parallel_size": 2},

@@ -190,16 +190,24 @@ def test_layers_that_lie_differently_are_refused() -> None:
         PagedCache.plain([rows, rows.transpose(1, 2).contiguous().transpose(1, 2)])
 
 
-def test_squeezing_drops_only_null_blocks_inside_the_used_part_of_a_row() -> None:
-    def squeeze(table: torch.Tensor, lengths: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        squeezed, live = torch.empty_like(table), torch.empty_like(lengths)
-        kernels.squeeze(table, lengths, block_size, squeezed, live)
-        return squeezed, live
+def squeeze(table: torch.Tensor, lengths: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    squeezed, live = torch.empty_like(table), torch.empty_like(lengths)
+    kernels.squeeze(table, lengths, block_size, squeezed, live)
+    return squeezed, live
 
+
+def test_squeezing_drops_only_null_blocks_inside_the_used_part_of_a_row() -> None:
     check_squeeze(squeeze)
 
 
-def check_squeeze(squeeze: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]) -> None:
+def test_squeezing_leaves_the_rows_of_dummy_steps_as_they_are() -> None:
+    check_squeeze_of_dummies(squeeze)
+
+
+Squeeze = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def check_squeeze(squeeze: Squeeze) -> None:
     """Rows with and without nulls, padded rows, tails of zeros and of stale ids: against plain lists."""
     rows = [
         ([5, 0, 0, 7, 8], 18),
@@ -221,3 +229,12 @@ def check_squeeze(squeeze: Callable[[torch.Tensor, torch.Tensor, int], tuple[tor
             kept = [block for block in ids if block]
             assert squeezed[row, : len(kept)].tolist() == kept
             assert live[row] == length - 4 * ids.count(0)
+
+
+def check_squeeze_of_dummies(squeeze: Squeeze) -> None:
+    """vLLM warms up and captures CUDA graphs with tables of null blocks alone; attention takes no negative lengths."""
+    lengths = torch.tensor([1, 4, 9, 0, 160], dtype=torch.int32)
+    squeezed, live = squeeze(torch.zeros((5, 44), dtype=torch.int32), lengths, 4)
+    assert live.tolist() == lengths.tolist()
+    for row, length in enumerate(lengths.tolist()):
+        assert not squeezed[row, : -(-length // 4)].any()

@@ -8,7 +8,15 @@ import torch
 from tests.unit import interpreted
 from tests.unit.interpreted import Interpret, interpreter
 from tests.unit.kernel_cases import make_case, worst_score_error
-from tests.unit.test_kernels import CACHES, DTYPES, check_compaction, check_plan, check_squeeze, fills_of
+from tests.unit.test_kernels import (
+    CACHES,
+    DTYPES,
+    check_compaction,
+    check_plan,
+    check_squeeze,
+    check_squeeze_of_dummies,
+    fills_of,
+)
 
 GROUPS = (1, 2, 4, 8)
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -104,3 +112,7 @@ def test_compaction_fills_holes_bit_for_bit_and_writes_nothing_else(
 @pytest.mark.parametrize("at_once", [1024, 16], ids=["rows held whole", "rows in pieces"])
 def test_squeezing_drops_only_null_blocks_inside_the_used_part_of_a_row(interpret: Interpret, at_once: int) -> None:
     check_squeeze(lambda *arguments: interpret(interpreted.squeeze, *arguments, at_once))
+
+
+def test_squeezing_leaves_the_rows_of_dummy_steps_as_they_are(interpret: Interpret) -> None:
+    check_squeeze_of_dummies(lambda *arguments: interpret(interpreted.squeeze, *arguments, 16))

@@ -72,6 +72,9 @@ def squeeze(block_table: Tensor, lengths: Tensor, block_size: int, squeezed: Ten
     only left of `ceil(length / block_size)`; a row's unused tail may hold anything. A row's null blocks are one run:
 
         block size 4, length 18     5 0 0 7 8 | 0      ->  5 7 8, length 10
+
+    A row of null blocks alone stays as it is: requests have a last block, vLLM's dummy steps (warm-up, capture of CUDA
+    graphs, idle data-parallel ranks) have none, and attention takes no negative lengths.
     """
     _path(block_table.device.type).squeeze(block_table, lengths, block_size, squeezed, live_lengths)
 

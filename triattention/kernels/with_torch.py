@@ -105,6 +105,7 @@ def squeeze(block_table: Tensor, lengths: Tensor, block_size: int, squeezed: Ten
     null = table == 0
     null &= np.arange(used) < blocks[:, None]
     count = np.count_nonzero(null, axis=1)
+    count[count == blocks] = 0
     column = np.arange((blocks - count).max())
     source = column + (column >= null.argmax(axis=1)[:, None]) * count[:, None]
     np.minimum(source, used - 1, out=source)

@@ -74,6 +74,8 @@ class Compactor:
         for block in order.protected_blocks:
             protected[block * size : (block + 1) * size] = True
         protected = protected.to(scores.device)
+        # A policy's own inf must not tie with it, nor must the mean over layers reach it.
+        scores.clamp_(max=torch.finfo(scores.dtype).max / (2 * len(scores)))
         scores.masked_fill_(protected, torch.inf)
         if self.quota is not None:
             dead_slots = (order.first_live_block - order.first_dead_block) * size

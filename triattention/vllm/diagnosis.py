@@ -171,7 +171,11 @@ def _check_worker(diagnosis: Diagnosis, vllm_config: VllmConfig, config: Compres
         worker.init_device()
         # As vLLM's loader does it: layers take the dtype of their keys from torch's default.
         with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
-            worker.model_runner.model = initialize_model(vllm_config)
+            model = initialize_model(vllm_config)
+        if vllm_config.use_v2_model_runner:
+            worker.model_runner.load_model(model=model)  # makes what else its KV cache asks for
+        else:
+            worker.model_runner.model = model
     with diagnosis.refusing("layers"):
         specs = worker.get_kv_cache_spec()
     diagnosis.add("layers", _layers(specs))

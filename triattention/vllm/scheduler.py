@@ -136,6 +136,15 @@ class CompactionScheduler(AsyncScheduler):
                 "scores keys from positions that count tokens; send text alone, or serve the model without the "
                 "triattention settings."
             )
+        if (
+            request.mm_features
+            and self.vllm_config.model_config.is_mm_prefix_lm
+            and self.compacted[0].config.prompt == "compress"
+        ):
+            return (
+                "its image is attended to in both directions, by position in the prompt, but prompt is compress, and "
+                "slots behind a compaction are not positions; send text alone, or set prompt to pin."
+            )
         needed = self.pool.bound_if_preempted(request)
         if needed <= self.total_blocks:
             return None

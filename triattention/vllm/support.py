@@ -49,6 +49,7 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         "speculative decoding (rejected draft tokens would have to be un-compacted)": (
             vllm_config.speculative_config is not None
         ),
+        "a diffusion model (tokens of its canvas are computed again)": vllm_config.diffusion_config is not None,
         "a KV connector (it copies blocks by position)": vllm_config.kv_transfer_config is not None,
         "decode context parallelism (a block's tokens are spread over ranks)": (
             parallel.decode_context_parallel_size > 1

@@ -38,7 +38,7 @@ def _squeeze_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: finds its run of null blocks, then copies what stands before and behind it."""
+    """One row: finds its run of null blocks, then copies what stands before and behind it; of nulls alone, all."""
     row = tl.program_id(0).to(tl.int64)
     block_table += row * row_stride
     squeezed += row * squeezed_stride
@@ -54,6 +54,7 @@ def _squeeze_kernel(
         nulls += is_null.to(tl.int32)
         firsts = tl.minimum(firsts, tl.where(is_null, column, used))
     count = tl.sum(nulls, axis=0)
+    count = tl.where(count == used, 0, count)
     first = tl.min(firsts, axis=0)
 
     for start in tl.range(0, used - count, BLOCK):
