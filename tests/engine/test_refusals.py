@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import DeepseekV2Config
+from transformers import DeepseekV2Config, FalconConfig
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
@@ -95,6 +95,15 @@ def test_an_executor_that_runs_the_model_past_the_worker(tiny_model: Path, monke
 def test_multi_head_latent_attention(mla_model: Path) -> None:
     [sentence] = refusals(vllm_config(mla_model))
     assert "does not support multi-head latent attention (its cache holds no per-head keys)" in sentence
+
+
+def test_distances_that_are_counted_in_slots(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    FalconConfig(
+        vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ).save_pretrained(model)
+    [sentence] = refusals(vllm_config(model, skip_tokenizer_init=True))
+    assert "does not support ALiBi (its distances are counted in slots" in sentence
 
 
 def test_an_ordinary_engine_is_not_refused(tiny_model: Path) -> None:

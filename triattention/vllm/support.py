@@ -56,6 +56,9 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         ),
         "pipeline parallelism (scores of all layers are needed in one place)": (parallel.pipeline_parallel_size > 1),
         "multi-head latent attention (its cache holds no per-head keys)": vllm_config.model_config.use_mla,
+        "ALiBi (its distances are counted in slots, of which compaction takes some away)": (
+            vllm_config.model_config.uses_alibi
+        ),
         f"KV cache type {vllm_config.cache_config.cache_dtype} (only one number per token and dimension)": (
             vllm_config.cache_config.cache_dtype not in KV_CACHE_DTYPES
         ),
