@@ -145,6 +145,12 @@ def test_failed_requests_are_counted_and_told_in_a_sentence(fleet, console, mode
     assert sentence in console.export_text()
 
 
+def test_an_empty_key_is_none(fleet, console, monkeypatch):
+    monkeypatch.setenv("TRIFLEET_KEY", "")
+    _, endpoint = fleet
+    assert run_demo(endpoint, "m", console, requests=3).errors == 0
+
+
 def test_the_table_compares_both_runs(fleet, console):
     _, endpoint = fleet
     result = run_demo(endpoint, "m", console, requests=3)
