@@ -15,9 +15,13 @@ def writable(path: Path | None) -> Path | None:
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder: name a file in it.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if path.is_file():  # its own mode counts; what is there stays
+            with path.open("ab"):
+                pass
+        elif not path.exists():  # a pipe or a device is taken as it is: to open one may mean something to its reader
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be written: {error.strerror}.") from None
     return path
