@@ -24,7 +24,7 @@ from benchmarks.quality.problems import Problem, ProblemError, from_file, held_o
 from benchmarks.quality.report import FULL, Report
 from bundled import tasks
 from deploy.fleet import end_politely
-from deploy.output import writable
+from deploy.output import folder, writable
 from triattention.config import CompressionConfig
 
 if TYPE_CHECKING:
@@ -81,7 +81,9 @@ def evaluate(
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.", callback=writable)
     ] = None,
-    plots: Annotated[Path | None, typer.Option("--plots", help="Write two plots (PNG, SVG) to this folder.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", help="Write two plots (PNG, SVG) to this folder.", callback=folder)
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few instances and cells, in five minutes.")] = False,
 ) -> None:
     """Measure how many answers stay right under compression, by policy and budget, in the real engine."""

@@ -46,6 +46,14 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path, command, name,
     assert "Key (shown" not in result.output
 
 
+@pytest.mark.parametrize("name", ["/proc/plots", "{tmp_path}/file", "{tmp_path}/file/plots"])
+def test_a_folder_for_plots_that_cannot_be_is_told_before_the_work(tmp_path, name):
+    (tmp_path / "file").touch()
+    result = run("evaluate", "--task", "nothing", "--plots", name.format(tmp_path=tmp_path))
+    assert result.exit_code == 2
+    assert "--plots" in result.output
+
+
 def test_a_file_that_is_there_and_cannot_be_written_is_told_before_the_work(tmp_path):
     """A program that runs: even its owner and root cannot write to it."""
     program = tmp_path / "plan.json"
