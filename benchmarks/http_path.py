@@ -8,6 +8,7 @@ The load generator is one asyncio loop over raw server-sent events, which costs 
 import asyncio
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ import numpy as np
 import bundled
 from benchmarks.environment import engine_environment
 from benchmarks.machine import machine
-from deploy.fleet import running_fleet
+from deploy.fleet import FleetError, running_fleet
 from deploy.haproxy import free_ports
 from deploy.keys import key_header
 from deploy.settings import FleetSettings, load_settings
@@ -36,6 +37,9 @@ SINGLE_TOKENS = 4
 FIRST_SEED = {"vllm": 0, "fleet": 0, "replica": 50_000}
 """The same prompts for the two that are compared; others for the engine that is asked in two ways and caches them."""
 START_SECONDS = 300.0
+
+_LOG_PREFIX = re.compile(r"\(\w+ pid=\d+\) ERROR [^\]]*\] ")
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception)(: |$)")
 
 
 def bench_http(settings_file: Path, rounds: int = 7, singles: int = 60) -> dict[str, Any]:
@@ -175,11 +179,24 @@ def _await_health(url: str, server: subprocess.Popen[bytes], log: IO[bytes]) -> 
     while time.monotonic() < deadline:
         if server.poll() is not None:
             log.seek(0)
-            raise RuntimeError(f"vLLM's server ended with code {server.returncode}:\n{log.read().decode()[-2000:]}")
+            reasons = _reasons(log.read().decode(errors="replace"))
+            raise FleetError(f"vLLM's own server did not start (exit code {server.returncode}):\n{reasons}")
         try:
             if httpx.get(f"{url}/health", timeout=2).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    raise RuntimeError(f"vLLM's server was not ready after {START_SECONDS:.0f} s")
+    raise FleetError(f"vLLM's own server was not ready after {START_SECONDS:.0f} s.")
+
+
+def _reasons(log: str) -> str:
+    """What the exceptions in the log say, each once and without its frames; the last lines where there are none."""
+    lines = [_LOG_PREFIX.sub("", line) for line in log.splitlines() if line.strip()]
+    said: list[str] = []
+    is_exception = False
+    for line in lines:
+        is_exception = _EXCEPTION.match(line) is not None or (is_exception and line.startswith("  "))
+        if is_exception and not line.startswith("    "):
+            said.append(line)
+    return "\n".join(dict.fromkeys(said or lines[-10:]))

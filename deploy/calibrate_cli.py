@@ -86,6 +86,10 @@ def calibrate(
         else:
             statistics = import_statistics(upstream, model, config)
             statistics.save(out)
+    except UnicodeDecodeError as error:
+        said = f"--text is {text}, which is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8"
+        console.print(said, style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
     except (ValueError, OSError, SafetensorError) as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

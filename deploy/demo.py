@@ -22,6 +22,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -36,6 +37,7 @@ from deploy.metrics import Descriptor
 DEFAULT_REQUESTS = 36
 DEFAULT_CONCURRENCY = 24
 SETTLE_SECONDS = 5.0
+WIDE_TERMINAL = 120
 
 
 class DemoError(RuntimeError):
@@ -134,16 +136,7 @@ def run_demo(
 
 async def _run(endpoint: str, model: str, console: Console, requests: int, concurrency: int, title: str) -> DemoResult:
     load = mixed_load(requests)
-    progress = Progress(
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("requests · {task.fields[tokens]:,} tokens · {task.fields[rate]:,.0f} tokens/s"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[headroom]}"),
-        console=console,
-    )
+    progress = load_progress(console)
     async with httpx.AsyncClient(base_url=endpoint, timeout=30, headers=key_header()) as http:
         before = await _scrape(http)
         if not before.by_replica(metrics.TOTAL_BLOCKS):
@@ -168,6 +161,21 @@ async def _run(endpoint: str, model: str, console: Console, requests: int, concu
                 watching.cancel()
         after = await _settled(http)
     return DemoResult.of(outcomes, before, after, seconds)
+
+
+def load_progress(console: Console) -> Progress:
+    """In a narrow terminal the bar and the headroom give way, and not the count of requests or the time."""
+    columns: list[ProgressColumn] = [
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        MofNCompleteColumn(),
+        TextColumn("requests · {task.fields[tokens]:,} tokens · {task.fields[rate]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+    ]
+    if console.width >= WIDE_TERMINAL:
+        columns.insert(2, BarColumn())
+        columns.append(TextColumn("{task.fields[headroom]}"))
+    return Progress(*columns, console=console)
 
 
 async def _watch_headroom(http: httpx.AsyncClient, progress: Progress) -> None:

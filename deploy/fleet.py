@@ -47,7 +47,8 @@ def running_fleet(
     """
     from deploy import haproxy
 
-    settings.access_on(settings.http.host)  # raises before anything is started
+    settings.access_on(settings.http.host)  # these two raise before anything is started
+    key_header()
     _check_port(settings)
     folder = Path(tempfile.mkdtemp(prefix="trifleet-", dir="/tmp"))
     variables = {

@@ -5,7 +5,6 @@ reads its metrics.
 """
 
 import asyncio
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import openai
 
 import bundled
-from deploy.keys import KEY_VARIABLE
+from deploy.keys import client_key
 
 SHORTEST_LONG_OUTPUT = 1500
 SHORT_OUTPUT_LIMIT = 120
@@ -79,7 +78,7 @@ async def run_load(
     # No retries: a refusal is a result here.
     async with openai.AsyncOpenAI(
         base_url=f"{endpoint}/v1",
-        api_key=os.environ.get(KEY_VARIABLE, "none"),
+        api_key=client_key() or "none",
         max_retries=0,
         timeout=REQUEST_TIMEOUT_SECONDS,
     ) as client:

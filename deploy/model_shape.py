@@ -58,16 +58,20 @@ def read_shape(model: str, weights_bytes: int | None = None) -> ModelShape:
     file, name = _config_file(model)
     # Here, because transformers takes seconds to import and `trifleet --help` must not.
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from triattention.statistics import kv_heads
 
     try:
-        values: dict[str, Any] = json.loads(file.read_text())
-        quantization = values.pop("quantization_config", None)
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise TypeError("it holds no JSON object")
+        quantization: dict[str, Any] | None = values.pop("quantization_config", None)
         config = AutoConfig.for_model(**values).get_text_config()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{file} is not a model's config.json that transformers knows: {error}") from None
+    except (KeyError, TypeError, ValueError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{file} is not a model's config.json that transformers knows: {reason}") from None
     full, sliding = _layers(config, file)
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     if dtype not in _BYTES_PER_VALUE:

@@ -16,6 +16,8 @@ from deploy.plan import GIB, Gpu, Load, Plan, PlanError, Prices, Side, make_plan
 from triattention.config import CompressionConfig
 
 console = Console()
+MOST_GIB = 1e6
+"""Far above what there is; infinity is no size."""
 _SIDES = ("without compression", "with compression")
 
 
@@ -23,7 +25,7 @@ def plan(
     model: Annotated[
         str, typer.Argument(help="A model's folder or config.json, or qwen3-8b, qwen3-32b, qwen3-32b-4bit.")
     ],
-    gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU in GiB.", min=0.1)],
+    gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU in GiB.", min=0.1, max=MOST_GIB)],
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a request's prompt.", min=1)] = 512,
     output_tokens: Annotated[int, typer.Option(help="Tokens of its answer, reasoning included.", min=1)] = 32768,
     users: Annotated[int, typer.Option(help="Requests to decode at the same time.", min=1)] = 1,
@@ -39,10 +41,14 @@ def plan(
         float, typer.Option(help="Share of the GPU that vLLM may use (gpu_memory_utilization).", min=0.01, max=1)
     ] = 0.92,
     overhead_gib: Annotated[
-        float, typer.Option(help="CUDA context, activations and graphs in GiB; vLLM's log says it at start.", min=0)
+        float,
+        typer.Option(
+            help="CUDA context, activations and graphs in GiB; vLLM's log says it at start.", min=0, max=MOST_GIB
+        ),
     ] = 1.0,
     weights_gib: Annotated[
-        float | None, typer.Option(help="Size of the weights, where the config does not tell it.", min=0.001)
+        float | None,
+        typer.Option(help="Size of the weights, where the config does not tell it.", min=0.001, max=MOST_GIB),
     ] = None,
     price: Annotated[float | None, typer.Option(help="Price of one GPU for one hour.", min=0)] = None,
     watts: Annotated[float | None, typer.Option(help="Power that one GPU draws.", min=0)] = None,

@@ -5,12 +5,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Empty
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,8 +24,11 @@ from benchmarks.quality.problems import Problem, ProblemError, from_file, held_o
 from benchmarks.quality.report import FULL, Report
 from bundled import tasks
 from deploy.fleet import end_politely
-from deploy.output import writable
+from deploy.output import folder, writable
 from triattention.config import CompressionConfig
+
+if TYPE_CHECKING:
+    from benchmarks.quality.engine import EngineRun
 
 POLICIES = (
     "triattention",
@@ -40,6 +45,10 @@ QUICK_CELLS = (
     ("random", 448),
 )
 QUICK_INSTANCES = 24
+
+
+class EngineLostError(RuntimeError):
+    """An engine's process ended before its work did; the message is a sentence."""
 
 
 def evaluate(
@@ -72,7 +81,9 @@ def evaluate(
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.", callback=writable)
     ] = None,
-    plots: Annotated[Path | None, typer.Option("--plots", help="Write two plots (PNG, SVG) to this folder.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", help="Write two plots (PNG, SVG) to this folder.", callback=folder)
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few instances and cells, in five minutes.")] = False,
 ) -> None:
     """Measure how many answers stay right under compression, by policy and budget, in the real engine."""
@@ -111,7 +122,7 @@ def evaluate(
         cells += [(name, size, compression(name, size, interval, window, statistics)) for name, size in pairs]
         count_at_once = engines or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
         report = _run(console, model, cells, asked, sequences, kv_cache_mib << 20, count_at_once, json)
-    except (PolicyError, ProblemError, OSError, ValueError) as error:
+    except (PolicyError, ProblemError, EngineLostError, OSError, ValueError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         sys.exit(1)
     console.print(report.table())
@@ -135,6 +146,7 @@ def _run(
     """So many engines at a time, each in a process of its own with its share of the cores and a progress bar.
 
     What is finished is in `json` at any time: full attention's cells and those of the policies so far.
+    Raises `EngineLostError` where one of the processes ends.
     """
     from benchmarks.quality.engine import prepare, run_cell
 
@@ -150,7 +162,12 @@ def _run(
     )
     answers = spawned.Queue()
     pool = ProcessPoolExecutor(min(engines, len(cells)), spawned, initializer=prepare, initargs=(answers,))
-    with Progress(*columns, console=console) as progress, _ended_at_once(pool):
+    runs: list[Future[EngineRun]] = []
+    workers: set[BaseProcess] = set()
+    remedy = (
+        f"lower --engines ({engines} now), --kv-cache-mib ({kv_cache_bytes >> 20} now) or --sequences ({sequences} now)"
+    )
+    with Progress(*columns, console=console) as progress, _ended_at_once(pool, workers, remedy):
         bars = [
             progress.add_task(name if size is None else f"{name} {size}", total=len(problems), right=0, start=False)
             for name, size, _ in cells
@@ -158,10 +175,9 @@ def _run(
         # The processes inherit what is blocked. Ctrl-C reaches the whole group, and is for this one, which ends them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            runs = [
-                pool.submit(run_cell, model, config, problems, sequences, kv_cache_bytes, number)
-                for number, (_, _, config) in enumerate(cells)
-            ]
+            for number, (_, _, config) in enumerate(cells):
+                runs.append(pool.submit(run_cell, model, config, problems, sequences, kv_cache_bytes, number))
+                workers.update(active_children())
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         right = [0] * len(cells)
@@ -185,10 +201,21 @@ def _run(
 
 
 @contextmanager
-def _ended_at_once(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """Where anything is raised, a refusal or Ctrl-C, no cell goes on and none begins."""
+def _ended_at_once(pool: ProcessPoolExecutor, workers: set[BaseProcess], remedy: str) -> Iterator[None]:
+    """Where anything is raised, a refusal or Ctrl-C, no cell goes on and none begins.
+
+    Raises `EngineLostError` where one of the workers has ended, and says how.
+    """
     try:
         yield
+    except BrokenProcessPool:
+        pool.shutdown()  # it ends the other workers itself; then all have their codes
+        codes = {worker.exitcode for worker in workers} - {0, -signal.SIGTERM}
+        if -signal.SIGKILL in codes:
+            ended = "was killed, most likely for memory"
+        else:
+            ended = f"ended of itself with code {', '.join(map(str, codes))}"
+        raise EngineLostError(f"An engine's process {ended}: {remedy}") from None
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in active_children():

@@ -2,13 +2,17 @@
 
 import importlib.util
 import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.http_path import flags
+from benchmarks.http_path import _await_health, flags
 from deploy.cli import app
+from deploy.fleet import FleetError
 
 
 def refusal(*arguments: str, code: int) -> str:
@@ -73,3 +77,43 @@ def test_vllms_own_server_understands_every_kind_of_engine_argument() -> None:
     }
     parsed = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags(arguments))
     assert {name: getattr(parsed, name) for name in arguments} == arguments
+
+
+_LOG = """\
+/lib/api_server.py:24: DeprecationWarning: old
+  warnings.warn(
+(EngineCore pid=17) ERROR 11-28 21:53:40 [core.py:1510] EngineCore failed to start.
+(EngineCore pid=17) ERROR 11-28 21:53:40 [core.py:1510] Traceback (most recent call last):
+(EngineCore pid=17) ERROR 11-28 21:53:40 [core.py:1510]   File "/lib/core.py", line 157, in __init__
+(EngineCore pid=17) ERROR 11-28 21:53:40 [core.py:1510]     raise ValueError(
+(EngineCore pid=17) ERROR 11-28 21:53:40 [core.py:1510] ValueError: the pool is too small
+Traceback (most recent call last):
+  File "/lib/core.py", line 157, in __init__
+    raise ValueError(
+ValueError: the pool is too small
+pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, max_model_len is too long
+    For further information visit a page
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "reasons"),
+    [
+        (
+            _LOG,
+            "ValueError: the pool is too small\npydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+            "  Value error, max_model_len is too long",
+        ),
+        ("usage: api_server\napi_server: error: no such argument\n", "api_server: error: no such argument"),
+    ],
+)
+def test_where_vllms_own_server_does_not_start_its_reasons_are_told(log: str, reasons: str) -> None:
+    with tempfile.TemporaryFile() as file:
+        script = f"import sys; print({log!r}); sys.exit(3)"
+        server = subprocess.Popen([sys.executable, "-c", script], stdout=file, stderr=file)
+        with pytest.raises(FleetError) as raised:
+            _await_health("http://127.0.0.1:9", server, file)
+    assert str(raised.value).startswith("vLLM's own server did not start (exit code 3):\n")
+    assert str(raised.value).endswith(reasons)
+    assert "File" not in str(raised.value)

@@ -47,6 +47,14 @@ def test_a_device_that_nothing_has(model: Path, tmp_path: Path) -> None:
     assert output.startswith("device is foo, which torch cannot use here (Expected one of cpu, cuda")
 
 
+def test_a_text_that_is_not_utf_8_is_named(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "latin"
+    text.write_bytes("schön".encode("latin-1"))
+    code, output = command(model, tmp_path / "out", "--text", str(text))
+    assert code == 1
+    assert f"--text is {text}, which is not UTF-8 text" in output
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [

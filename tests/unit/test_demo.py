@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from rich.console import Console
 
 from deploy.admission import Admission
-from deploy.demo import DemoError, result_json, run_demo, show, write_json
+from deploy.demo import DemoError, load_progress, result_json, run_demo, show, write_json
 from deploy.exposition import render
 from deploy.load import SHORTEST_LONG_OUTPUT, mixed_load
 from deploy.messages import Demand
@@ -143,6 +143,26 @@ def test_failed_requests_are_counted_and_told_in_a_sentence(fleet, console, mode
     assert sentence in result.error_sentences
     show(console, result)
     assert sentence in console.export_text()
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_progress_shows_count_pace_and_time_in_every_usual_terminal(width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    progress = load_progress(console)
+    progress.add_task(
+        "Without compression", total=36, completed=12, tokens=48_126, rate=1486.0, headroom="headroom 238 238 blocks"
+    )
+    console.print(progress.get_renderable())
+    shown = console.export_text()
+    for part in ("Without compression", "12/36", "48,126 tokens", "1,486 tokens/s", "0:00:00"):
+        assert part in shown
+    assert ("headroom 238 238 blocks" in shown) == (width == 120)
+
+
+def test_an_empty_key_is_none(fleet, console, monkeypatch):
+    monkeypatch.setenv("TRIFLEET_KEY", "")
+    _, endpoint = fleet
+    assert run_demo(endpoint, "m", console, requests=3).errors == 0
 
 
 def test_the_table_compares_both_runs(fleet, console):

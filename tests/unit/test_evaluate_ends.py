@@ -18,15 +18,19 @@ def _workers(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("after", "end", "code"),
+    ("after", "end", "code", "sentence"),
     [
-        (0.0, lambda pid: os.killpg(pid, signal.SIGINT), 130),
-        (6.0, lambda pid: os.kill(pid, signal.SIGTERM), 130),
-        (6.0, lambda pid: os.kill(pid, signal.SIGKILL), -signal.SIGKILL),
+        (0.0, lambda pid: os.killpg(pid, signal.SIGINT), 130, ""),
+        (6.0, lambda pid: os.kill(pid, signal.SIGTERM), 130, ""),
+        (6.0, lambda pid: os.kill(pid, signal.SIGKILL), -signal.SIGKILL, ""),
+        (0.0, lambda pid: _workers(pid)[0].kill(), 1, "was killed, most likely for memory: lower --engines (2 now)"),
+        (0.0, lambda pid: _workers(pid)[0].send_signal(signal.SIGABRT), 1, "ended of itself with code -6"),
     ],
-    ids=["Ctrl-C while engines start", "a polite kill", "a hard kill"],
+    ids=["Ctrl-C while engines start", "a polite kill", "a hard kill", "an engine out of memory", "an engine's crash"],
 )
-def test_evaluate_ends_with_all_its_processes(after: float, end: Callable[[int], None], code: int) -> None:
+def test_evaluate_ends_with_all_its_processes(
+    after: float, end: Callable[[int], None], code: int, sentence: str
+) -> None:
     evaluate = subprocess.Popen(
         [sys.executable, "-m", *COMMAND.split(), "--engines", "2"],
         stdout=subprocess.PIPE,
@@ -47,6 +51,7 @@ def test_evaluate_ends_with_all_its_processes(after: float, end: Callable[[int],
         assert psutil.wait_procs(workers, timeout=15)[1] == []
         assert evaluate.returncode == code
         assert "Traceback" not in said
+        assert sentence in " ".join(said.split())
     finally:
         evaluate.kill()
         for worker in workers:

@@ -1,6 +1,9 @@
 """Files that commands are to write: a path that cannot be is refused before any work, in a sentence."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -41,6 +44,43 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path, command, name,
     assert result.exit_code == 2
     assert sentence in " ".join(result.output.split())
     assert "Key (shown" not in result.output
+
+
+@pytest.mark.parametrize("name", ["/proc/plots", "{tmp_path}/file", "{tmp_path}/file/plots"])
+def test_a_folder_for_plots_that_cannot_be_is_told_before_the_work(tmp_path, name):
+    (tmp_path / "file").touch()
+    result = run("evaluate", "--task", "nothing", "--plots", name.format(tmp_path=tmp_path))
+    assert result.exit_code == 2
+    assert "--plots" in result.output
+
+
+def test_a_file_that_is_there_and_cannot_be_written_is_told_before_the_work(tmp_path):
+    """A program that runs: even its owner and root cannot write to it."""
+    program = tmp_path / "plan.json"
+    shutil.copy(shutil.which("sleep"), program)
+    running = subprocess.Popen([program, "600"])
+    try:
+        result = run(*PLAN, str(program))
+    finally:
+        running.kill()
+        running.wait()
+    assert result.exit_code == 2
+    assert "plan.json cannot be written: Text file busy" in " ".join(result.output.split())
+
+
+def test_a_file_that_is_there_stays_as_it_is_until_there_are_figures(tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text("kept")
+    assert run("plan", "nowhere", "--gpu-gib", "40", "--json", str(file)).exit_code == 1
+    assert file.read_text() == "kept"
+
+
+def test_figures_go_to_a_pipe_whose_folder_takes_no_files(tmp_path):
+    read, write = os.pipe()
+    result = run(*PLAN, f"/dev/fd/{write}")
+    os.close(write)
+    with open(read) as pipe:
+        assert (result.exit_code, json.load(pipe)["model"]["name"]) == (0, "qwen3-8b"), result.output
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "\t"])

@@ -258,6 +258,29 @@ def test_the_command_ends_with_a_sentence(arguments, sentence):
     assert sentence in re.sub(r"\s+", " ", result.output)
 
 
+@pytest.mark.parametrize("option", ["--gpu-gib", "--overhead-gib", "--weights-gib"])
+@pytest.mark.parametrize("size", ["inf", "1e308", "nan"])
+def test_a_size_that_is_no_number_of_bytes_is_refused_by_name(option, size):
+    result = CliRunner().invoke(app, ["plan", "qwen3-8b", "--gpu-gib", "24", option, size], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "it holds no JSON object"),
+        ('{"model_type": "qwen3", "hidden_size": "x"}', "Validation error for field 'hidden_size'"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_told_in_one_line(tmp_path, text, reason):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"is not a model.s config\.json that transformers knows") as raised:
+        read_shape(str(tmp_path))
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_the_help_names_every_preset():
     assert ", ".join(presets()) == "qwen3-32b, qwen3-32b-4bit, qwen3-8b"
     for name in presets():

@@ -2,14 +2,17 @@
 
 import io
 import json
+import socket
 import time
 from dataclasses import asdict
 
 import httpx
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from deploy.admission import Admission
+from deploy.cli import app
 from deploy.fleet import FleetError
 from deploy.messages import Demand
 from deploy.settings import CoordinatorSettings
@@ -127,3 +130,17 @@ def test_a_watched_fleet_may_be_without_its_coordinator_for_a_while(monkeypatch)
     assert "The coordinator is away" in text
     assert "TRIFLEET_KEY" in text
     assert text.count("of 100") == 6
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "tf-key\r", "tf key"])
+@pytest.mark.parametrize("command", [("status", "--once"), ("up",), ("demo",), ("bench", "start")])
+def test_a_key_that_no_header_carries_is_refused_by_name_and_not_repeated(monkeypatch, tmp_path, command, key):
+    monkeypatch.setenv("TRIFLEET_KEY", key)
+    file = tmp_path / "fleet.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that no fleet starts, whatever becomes of the key
+        file.write_text(f"served_model_name: m\nhttp: {{port: {taken.getsockname()[1]}}}\n")
+        result = CliRunner().invoke(app, [*command, "-f", str(file)])
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 1
+    assert "TRIFLEET_KEY holds white space or characters beyond ASCII" in " ".join(result.output.split())
+    assert key.strip() not in result.output
