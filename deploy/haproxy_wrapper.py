@@ -20,6 +20,10 @@ Needs nothing but the standard library, because it is started without the enviro
   request early or not notice that its client left.
 - While HAProxy knows of no application, as right after it was started anew, it answers 503, where Ray would say 404 to
   every path.
+- While no replica is there, as before the first engine is up, it answers 503 as well, `/-/healthz` too. Ray would hold
+  every request in a Python proxy on the head, which takes no note of the router: without a limit, and with the first
+  replica all at once and unbooked onto that one. Nor does a request go there for which the router named a replica that
+  HAProxy does not know yet: it comes back to the router.
 
     client -> frontend -> router -> backend -> replica 1 (fails)
                  ^                     |
@@ -73,6 +77,7 @@ _TOLD = f"""\
 _ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"
 _FRONTEND = r"^frontend http_frontend\n *bind .*\n"
 _PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .*)?\n)+", re.MULTILINE)
+_HELD_BY_SERVE = re.compile(r"^( +server \S+ \S+ (?:check|track \S+) backup)$", re.MULTILINE)
 _NO_APPLICATION = r"(?<=^backend default_backend\n)    http-request return status 404 .*$"
 _FAILED_ANSWER = r'return status 503 content-type text/plain lf-string ".*?"(?= hdr X-Serve-Reason )'
 _ERROR_FILES = r"(?:^ *errorfile 50[234] .*\n)+"
@@ -103,6 +108,7 @@ def adjusted(config: str, loopback: list[int], socket: str, answers: str) -> str
         config = config.replace(_ROUTER_FAILED, f"{_ROUTER_FAILED} !{_UNREACHABLE}")
         answer = f"return status 503 content-type application/json file {answers}/503.json hdr Retry-After 1"
         config = _once(config, _FAILED_ANSWER, answer)
+    config = _HELD_BY_SERVE.sub(r"\1 disabled", config)
     return re.sub(_PINNED_BACKEND, lambda found: _only_pinned(found.group(), socket), config)
 
 
