@@ -24,7 +24,7 @@ from deploy import haproxy_wrapper
 from deploy.haproxy import free_ports
 from deploy.haproxy_wrapper import ASKED
 from deploy.settings import FleetSettings
-from replicas.headers import PREFIX, RESERVATION, TIER
+from replicas.headers import PREFIX, RESERVATION, TIER, WAITED
 from replicas.limits import BODY_BYTES
 
 # In a process of its own, because Ray reads the variables when it is imported.
@@ -97,7 +97,8 @@ class Router:
         self.asked.append(headers)
         self.sizes.append(len(body))
         number = len(self.asked)
-        answer = {"replica_id": self.turns[number - 1], "request_headers": {RESERVATION: f"rsv{number}"}}
+        own = {RESERVATION: f"rsv{number}", WAITED: "1.500"}
+        answer = {"replica_id": self.turns[number - 1], "request_headers": own}
         is_broken = self.turns[number - 1] == "broken"
         writer.write(response(json.dumps(answer).encode(), "500 Internal Server Error" if is_broken else "200 OK"))
         await writer.drain()
@@ -207,7 +208,7 @@ async def test_a_replica_that_fails_before_its_first_byte_is_replaced_by_another
     assert setup.replicas["b"].seen == []
     first, second = setup.router.asked
     assert not first["x-request-id"].startswith("again:")
-    assert second["x-request-id"] == "again:rsv1"
+    assert second["x-request-id"] == "again:rsv1:1.500"
     assert setup.replicas["c"].seen[0][RESERVATION] == "rsv2"
 
 
@@ -240,7 +241,7 @@ async def test_clients_cannot_pretend_to_come_back(setup: Setup) -> None:
     answer = await setup.post({"x-request-id": "again:rsv0", "x-trifleet-again": "1", RESERVATION: "rsv0"})
     assert answer.text == "b:the prompt"
     assert setup.router.asked[0]["x-request-id"] != "again:rsv0"
-    assert setup.router.asked[1]["x-request-id"] == "again:rsv1"
+    assert setup.router.asked[1]["x-request-id"] == "again:rsv1:1.500"
 
 
 async def test_the_router_is_told_the_path_and_the_api_key_whatever_its_bytes(setup: Setup) -> None:
@@ -352,16 +353,6 @@ async def test_who_sends_no_whole_head_in_time_is_cut_off_and_a_slow_body_is_not
     assert silent == b""
     assert half.split()[1] == b"408"
     assert slow.endswith(b"a:slow")
-
-
-async def test_a_request_for_a_replica_that_haproxy_does_not_know_comes_back_to_the_router(setup: Setup) -> None:
-    """Serve would hand it to a proxy that knows of no reservation and no refusal."""
-    setup.script(["not read yet", "b"])
-    assert (await setup.post()).text == "b:the prompt"
-    assert setup.router.asked[1]["x-request-id"] == haproxy_wrapper.AGAIN_PREFIX
-    setup.script(["not read yet", "not read yet"])
-    answer = await setup.post()
-    assert (answer.status_code, answer.headers["retry-after"], setup.fallback.seen) == (503, "1", [])
 
 
 async def test_while_no_router_can_be_reached_requests_flow(setup: Setup) -> None:
