@@ -20,6 +20,9 @@ Needs nothing but the standard library, because it is started without the enviro
   request early or not notice that its client left.
 - While HAProxy knows of no application, as right after it was started anew, it answers 503, where Ray would say 404 to
   every path.
+- While no replica is there, as before the first engine is up, it answers 503 as well, `/-/healthz` too. Ray would hold
+  every request in a Python proxy on the head, which asks no router: without a limit, and with the first replica all at
+  once and unbooked onto that one.
 
     client -> frontend -> router -> backend -> replica 1 (fails)
                  ^                     |
@@ -36,7 +39,8 @@ PR_SET_PDEATHSIG = 1
 # Listener id of the socket through which a request comes back.
 AGAIN_ID = 7
 AGAIN_PREFIX = "again:"
-"""Begins the x-request-id by which the router knows a request that came back; the failed reservation follows."""
+"""Begins the x-request-id by which the router knows a request that came back. The failed reservation follows, and then
+a colon and the seconds that it had waited."""
 
 ASKED = "x-trifleet-asked"
 """The header that HAProxy's Lua code hands to the router: the path, a space, and the client's Authorization in Base64,
@@ -60,7 +64,8 @@ _FRONTEND_RULES = f"""\
     http-request set-header x-trifleet-again 1 if came_back
     http-request del-header x-request-id if !came_back {{{{ req.hdr(x-request-id) -m beg {AGAIN_PREFIX} }}}}
     http-request del-header x-request-id if {{{{ req.fhdr(x-request-id) -m reg '[^ -~]' }}}}
-    http-request set-header x-request-id {AGAIN_PREFIX}%[req.hdr(x-serve-router-reservation)] if came_back
+    http-request set-header x-request-id {AGAIN_PREFIX}%[req.hdr(x-serve-router-reservation)]:\
+%[req.hdr(x-serve-router-waited)] if came_back
     http-request del-header x-serve-router- -m beg
     http-request del-header x-request-timeout-seconds
     http-request del-header x-request-disconnect-disabled
@@ -73,6 +78,7 @@ _TOLD = f"""\
 _ROUTER_FAILED = "if { var(txn.ingress_request_router_failed) -m found }"
 _FRONTEND = r"^frontend http_frontend\n *bind .*\n"
 _PINNED_BACKEND = re.compile(r"^backend \S+-via-ingress-request-router\n(?:(?: .*)?\n)+", re.MULTILINE)
+_NO_REPLICA = re.compile(r"(^ *# Servers in this backend\n) *# Fallback .*\n *server .* backup\n", re.MULTILINE)
 _NO_APPLICATION = r"(?<=^backend default_backend\n)    http-request return status 404 .*$"
 _FAILED_ANSWER = r'return status 503 content-type text/plain lf-string ".*?"(?= hdr X-Serve-Reason )'
 _ERROR_FILES = r"(?:^ *errorfile 50[234] .*\n)+"
@@ -103,6 +109,7 @@ def adjusted(config: str, loopback: list[int], socket: str, answers: str) -> str
         config = config.replace(_ROUTER_FAILED, f"{_ROUTER_FAILED} !{_UNREACHABLE}")
         answer = f"return status 503 content-type application/json file {answers}/503.json hdr Retry-After 1"
         config = _once(config, _FAILED_ANSWER, answer)
+    config = _NO_REPLICA.sub(r"\1", config)
     return re.sub(_PINNED_BACKEND, lambda found: _only_pinned(found.group(), socket), config)
 
 

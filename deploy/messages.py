@@ -35,7 +35,7 @@ class Demand:
     """The reservation under which it was placed before and came back: it keeps that one's place in the queue, and its
     tenant's minute has been charged."""
     waited_seconds: float = 0.0
-    """Since it reached the router: they count towards its deadline. One that HAProxy sends again reaches it anew."""
+    """In the router and in the queue: they count towards its deadline, also where HAProxy sends it again."""
     avoid: str | None = None
     """A replica that has just failed this request: it does not go there again."""
     prefix: tuple[int, ...] = ()

@@ -145,19 +145,20 @@ class Router:
         """HAProxy's question: the client's body, cut only where it is over the largest. The answer is `_route_to`'s, in
         time; None where no replica is there."""
         path, authorization = _asked(request)
-        tenant, failed = self._access.keyring.tenant(authorization), _came_back(request)
+        tenant = self._access.keyring.tenant(authorization)
+        failed, waited = _came_back(request)
         try:
             async with asyncio.timeout(self._answer_seconds):
-                return await self._routed(request, GENERATING.get(unquote(path)), tenant, failed)
+                return await self._routed(request, GENERATING.get(unquote(path)), tenant, failed, waited)
         except TimeoutError:
             self._release(failed)
             return self._refused(_LATE, tenant.tier, "queue_deadline" if self._listed() else "no_replica")
 
     async def _routed(
-        self, request: Request, endpoint: Endpoint | None, tenant: Tenant, failed: str | None
+        self, request: Request, endpoint: Endpoint | None, tenant: Tenant, failed: str | None, waited: float
     ) -> dict[str, Any] | None:
-        """`failed`: the reservation under which a replica has failed this request already."""
-        arrived_at = time.monotonic()
+        """`failed`: the reservation under which a replica has failed this request already; `waited`: seconds before."""
+        arrived_at = time.monotonic() - waited
         if self._access.is_required and not tenant.is_known:
             # The replica refuses it, which knows the path as well: here it only books nothing.
             self._count_refusal(tenant.tier, "no_key")
@@ -173,7 +174,7 @@ class Router:
         if isinstance(examined, Answer):
             self._release(failed)
             return self._refused(examined, tenant.tier, _REASONS.get(examined.status, "bad_request"))
-        demand = replace(examined.demand, node=self._node, former=failed)
+        demand = replace(examined.demand, node=self._node, former=failed, waited_seconds=waited)
         examined = replace(examined, demand=demand)
         return await self._placed(examined, endpoint, failed, arrived_at)
 
@@ -346,10 +347,14 @@ def _asked(request: Request) -> tuple[str, str]:
     return path, base64.b64decode(authorization).decode("latin-1")
 
 
-def _came_back(request: Request) -> str | None:
-    """The reservation of a request that HAProxy sends again, because its replica failed before it answered."""
+def _came_back(request: Request) -> tuple[str | None, float]:
+    """Of a request that HAProxy sends again, because its replica failed before it answered: the reservation, and the
+    seconds that it had waited for it here."""
     request_id = request.headers.get("x-request-id", "")
-    return request_id.removeprefix(AGAIN_PREFIX) if request_id.startswith(AGAIN_PREFIX) else None
+    if not request_id.startswith(AGAIN_PREFIX):
+        return None, 0.0
+    reservation, _, waited = request_id.removeprefix(AGAIN_PREFIX).partition(":")
+    return reservation, float(waited or 0)
 
 
 def _route_to(replica: RunningReplica, headers: dict[str, str]) -> dict[str, Any]:

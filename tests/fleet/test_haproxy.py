@@ -24,7 +24,7 @@ from deploy import haproxy_wrapper
 from deploy.haproxy import free_ports
 from deploy.haproxy_wrapper import ASKED
 from deploy.settings import FleetSettings
-from replicas.headers import PREFIX, RESERVATION, TIER
+from replicas.headers import PREFIX, RESERVATION, TIER, WAITED
 from replicas.limits import BODY_BYTES
 
 # In a process of its own, because Ray reads the variables when it is imported.
@@ -32,13 +32,14 @@ WRITE_CONFIG = """
 import json, sys
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
-port, router, replicas = json.loads(sys.argv[1])
+port, router, replicas, fallback = json.loads(sys.argv[1])
 backends = {}
-if replicas:
+if replicas or fallback:
     backends["app"] = BackendConfig(
         name="app", app_name="app", path_prefix="/",
         servers=[ServerConfig(name, "127.0.0.1", at, replica_id=name) for name, at in replicas.items()],
         ingress_request_router_servers=[ServerConfig("router", "127.0.0.1", router)] if router else [],
+        fallback_server=ServerConfig("SERVE_PROXY", "127.0.0.1", fallback) if fallback else None,
     )
 config = HAProxyConfig(http_options=HTTPOptions(host="127.0.0.1", port=port), metrics_enabled=False, is_head=True)
 api = HAProxyApi(config, backends)
@@ -96,7 +97,8 @@ class Router:
         self.asked.append(headers)
         self.sizes.append(len(body))
         number = len(self.asked)
-        answer = {"replica_id": self.turns[number - 1], "request_headers": {RESERVATION: f"rsv{number}"}}
+        own = {RESERVATION: f"rsv{number}", WAITED: "1.500"}
+        answer = {"replica_id": self.turns[number - 1], "request_headers": own}
         is_broken = self.turns[number - 1] == "broken"
         writer.write(response(json.dumps(answer).encode(), "500 Internal Server Error" if is_broken else "200 OK"))
         await writer.drain()
@@ -111,10 +113,12 @@ class Setup:
     router_port: int
     replicas: dict[str, Replica]
     ports: dict[str, int]
+    fallback: Replica
 
     def script(self, turns: list[str], **fails: str) -> None:
         """Forget what was; the router names these replicas, and those named fail in that way."""
         self.router.turns, self.router.asked, self.router.sizes = turns, [], []
+        self.fallback.seen = []
         for name, replica in self.replicas.items():
             replica.fails, replica.seen = fails.get(name), []
 
@@ -125,18 +129,23 @@ class Setup:
 
 @contextlib.asynccontextmanager
 async def haproxy(
-    folder: Path, router_port: int | None, replica_ports: dict[str, int], router_seconds: int | None = None
+    folder: Path,
+    router_port: int | None,
+    replica_ports: dict[str, int],
+    router_seconds: int | None = None,
+    fallback_port: int | None = None,
 ) -> AsyncIterator[str]:
-    """Its URL, once it is there. Without replicas it knows of no application.
+    """Its URL, once it is there. Without replicas and a fallback it knows of no application.
 
-    `router_seconds`: how long the router may take for an answer, if not as long as in a fleet.
+    `router_seconds`: how long the router may take for an answer, if not as long as in a fleet. `fallback_port`: of
+    Serve's own proxy on the head.
     """
     (port,) = free_ports(1)
     settings = FleetSettings(served_model_name="m")
     variables = {**os.environ, **deploy.haproxy.environment(settings), **deploy.haproxy.private(folder, port)}
     if router_seconds is not None:
         variables["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"] = str(router_seconds)
-    arguments = json.dumps([port, router_port, replica_ports])
+    arguments = json.dumps([port, router_port, replica_ports, fallback_port])
     writer = await asyncio.create_subprocess_exec(
         sys.executable, "-c", WRITE_CONFIG, arguments, env=variables, stdout=asyncio.subprocess.PIPE
     )
@@ -149,7 +158,8 @@ async def haproxy(
                 await asyncio.sleep(0.1)
                 assert process.returncode is None, "HAProxy did not start: its words are above"
                 with contextlib.suppress(httpx.ConnectError):
-                    if (await http.get(f"http://127.0.0.1:{port}/-/healthz")).status_code == 200:
+                    status = (await http.get(f"http://127.0.0.1:{port}/-/healthz")).status_code
+                    if status == 200 or not replica_ports:
                         break
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -167,12 +177,18 @@ async def setup(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Setup
         async def serve(handler: Callable[..., Any]) -> asyncio.Server:
             return await stack.enter_async_context(await asyncio.start_server(handler, "127.0.0.1", 0))
 
-        ports = {name: (await serve(replica)).sockets[0].getsockname()[1] for name, replica in replicas.items()}
+        async def port_of(handler: Callable[..., Any]) -> int:
+            port: int = (await serve(handler)).sockets[0].getsockname()[1]
+            return port
+
+        ports = {name: await port_of(replica) for name, replica in replicas.items()}
         (ports["gone"],) = free_ports(1)
+        fallback = Replica("fallback")
         router_server = await serve(router)
         router_port = router_server.sockets[0].getsockname()[1]
-        url = await stack.enter_async_context(haproxy(folder, router_port, ports))
-        yield Setup(url, router, router_server, router_port, replicas, ports)
+        running = haproxy(folder, router_port, ports, fallback_port=await port_of(fallback))
+        url = await stack.enter_async_context(running)
+        yield Setup(url, router, router_server, router_port, replicas, ports, fallback)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +208,7 @@ async def test_a_replica_that_fails_before_its_first_byte_is_replaced_by_another
     assert setup.replicas["b"].seen == []
     first, second = setup.router.asked
     assert not first["x-request-id"].startswith("again:")
-    assert second["x-request-id"] == "again:rsv1"
+    assert second["x-request-id"] == "again:rsv1:1.500"
     assert setup.replicas["c"].seen[0][RESERVATION] == "rsv2"
 
 
@@ -225,7 +241,7 @@ async def test_clients_cannot_pretend_to_come_back(setup: Setup) -> None:
     answer = await setup.post({"x-request-id": "again:rsv0", "x-trifleet-again": "1", RESERVATION: "rsv0"})
     assert answer.text == "b:the prompt"
     assert setup.router.asked[0]["x-request-id"] != "again:rsv0"
-    assert setup.router.asked[1]["x-request-id"] == "again:rsv1"
+    assert setup.router.asked[1]["x-request-id"] == "again:rsv1:1.500"
 
 
 async def test_the_router_is_told_the_path_and_the_api_key_whatever_its_bytes(setup: Setup) -> None:
@@ -352,3 +368,19 @@ async def test_while_it_knows_of_no_application_the_client_is_told_to_come_back(
         answer = await http.post(f"{url}/v1/completions", content=b"the prompt")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert "send it again" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_before_the_first_replica_is_there_nobody_is_held_and_haproxy_is_not_ready(
+    tmp_path: Path, method: str
+) -> None:
+    """As while the engines load, for minutes: Serve's own proxy would hold every request, and then send all of them to
+    the first replica, unbooked."""
+    fallback = Replica("fallback")
+    async with await asyncio.start_server(fallback, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with haproxy(tmp_path, None, {}, fallback_port=port) as url, httpx.AsyncClient() as http:
+            answer = await http.request(method, f"{url}/v1/completions")
+            ready = await http.get(f"{url}/-/healthz")
+    assert (answer.status_code, answer.headers["retry-after"], ready.status_code) == (503, "1", 503)
+    assert fallback.seen == []

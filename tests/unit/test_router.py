@@ -21,7 +21,7 @@ from deploy.messages import Placement, Refusal
 from deploy.reachable import Reachable
 from deploy.requests import Served
 from replicas.access import Access, Keyring, Tenant
-from replicas.headers import REFUSAL, RESERVATION, Answer
+from replicas.headers import REFUSAL, RESERVATION, WAITED, Answer
 from replicas.limits import RequestLimits
 
 REPLICA = SimpleNamespace(
@@ -37,6 +37,8 @@ class Coordinator:
     def __init__(self, *replicas):
         self.replicas = list(replicas)
         self.asked, self.released, self.refused = 0, [], []
+        self.demand = None
+        """The last one."""
 
     async def call(self, kind, method, *arguments):
         if method == "release":
@@ -46,6 +48,7 @@ class Coordinator:
             return True
         elif method == "acquire":
             self.asked += 1
+            self.demand = arguments[0]
             if not self.replicas:
                 await asyncio.Event().wait()
             reservation, replica = arguments[0].reservation, self.replicas.pop(0)
@@ -93,7 +96,7 @@ def router(coordinator, queue_deadline_seconds=0.3, keyring=NO_KEYS, is_key_need
     return made
 
 
-def question(characters=10, key="", failed=None, path="/v1/completions", **fields):
+def question(characters=10, key="", failed=None, waited=0.0, path="/v1/completions", **fields):
     body = json.dumps({"prompt": "x" * characters, "max_tokens": 1, **fields}).encode()
 
     async def receive():
@@ -102,7 +105,7 @@ def question(characters=10, key="", failed=None, path="/v1/completions", **field
     asked = f"{path} {base64.b64encode(f'Bearer {key}'.encode()).decode()}"
     headers = [(ASKED.encode(), asked.encode())]
     if failed is not None:
-        headers.append((b"x-request-id", f"{AGAIN_PREFIX}{failed}".encode()))
+        headers.append((b"x-request-id", f"{AGAIN_PREFIX}{failed}:{waited:.3f}".encode()))
     return Request({"type": "http", "method": "POST", "path": "/internal/route", "headers": headers}, receive)
 
 
@@ -213,6 +216,13 @@ async def test_a_retry_that_the_router_refuses_ends_what_its_replica_failed(serv
     assert refusal(await asked.route(question(2400, "a", failed="rsv0"))).status == 503
     await asyncio.sleep(0.01)
     assert coordinator.released == ["rsv0"]
+
+
+async def test_what_a_request_waited_before_its_replica_failed_counts_towards_its_deadline(serve):
+    coordinator = Coordinator("a")
+    answer = await router(coordinator).route(question(failed="rsv0", waited=7.5))
+    assert (coordinator.demand.former, coordinator.demand.waited_seconds) == ("rsv0", 7.5)
+    assert float(answer["request_headers"][WAITED]) >= 7.5
 
 
 async def test_what_a_router_said_counts_no_longer_when_it_has_ended_though_its_node_has_another(serve, monkeypatch):
