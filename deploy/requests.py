@@ -35,7 +35,8 @@ class Served:
 class Admissible:
     demand: Demand
     output_limit: int | None = None
-    """Tokens: what the replica must put into a body that has no limit, because the tier's is below the model's."""
+    """Tokens: what the replica must put into a body that has no limit, or a higher one than its tier allows, which vLLM
+    does not know."""
 
 
 def examine(
@@ -70,7 +71,7 @@ def examine(
                 _check_length(prompt, asked, limit_name, limit, about="about ")
             prompt = min(prompt, limit.tokens - 1)
         else:
-            prompt = _truncated(max(prompts), body)
+            prompt = _truncated(max(prompts), body, served)
             _check_length(prompt, asked, limit_name, limit)
     except _Wrong as wrong:
         return wrong.answer
@@ -86,8 +87,8 @@ def examine(
         tenant=tenant.name,
         prefix=prefix_hashes(_beginning(body, endpoint)),
     )
-    is_free = asked is None and limit.tokens < served.max_model_len
-    return Admissible(demand, output_limit=total - prompt if is_free else None)
+    is_cut = limit.tokens < served.max_model_len and (asked is None or prompt + asked > limit.tokens)
+    return Admissible(demand, output_limit=total - prompt if is_cut else None)
 
 
 @dataclass(frozen=True)
@@ -200,19 +201,23 @@ def _count_prompts(prompt: Any, counter: TokenCounter) -> list[int]:
     raise _Wrong("prompt is not a prompt: a completion needs a string, or a list of strings or token ids.", "prompt")
 
 
-def _truncated(tokens: int, body: dict[str, Any]) -> int:
-    limit = body.get("truncate_prompt_tokens")
-    return min(tokens, limit) if isinstance(limit, int) and limit > 0 else tokens
+def _truncated(tokens: int, body: dict[str, Any], served: Served) -> int:
+    keep = body.get("truncate_prompt_tokens")
+    if keep == -1:  # what the model takes, and a token of output
+        keep = served.max_model_len - 1
+    return min(tokens, keep) if isinstance(keep, int) and keep > 0 else tokens
 
 
 def _check_length(prompt: int, asked: int | None, limit_name: str, limit: _Limit, about: str = "") -> None:
+    """As vLLM: where the prompt leaves less room than is asked for, the output ends there, and only more than the whole
+    context is a mistake. Where the prompt is only estimated, nobody could tell where it has to end."""
     room = limit.tokens - prompt
     if room < 1:
         raise _Wrong(
             f"The prompt has {about}{prompt} tokens, but {limit.name} is {limit.tokens} and at least one token of "
             "output must fit: shorten the prompt."
         )
-    if asked is not None and asked > room:
+    if asked is not None and asked > (room if about else limit.tokens):
         raise _Wrong(
             f"{limit_name} is {asked}, but the prompt has {about}{prompt} tokens and {limit.name} is "
             f"{limit.tokens}: lower {limit_name} to at most {room}.",

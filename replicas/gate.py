@@ -125,8 +125,8 @@ class Gate:
 
 
 def _own_fields(scope: Scope, headers: MutableHeaders) -> dict[str, Any]:
-    """What the fleet puts into the body, over what the client has there: a limit that the client has not set, and the
-    request's id where vLLM takes it from the body."""
+    """What the fleet puts into the body, over what the client has there: its tier's limit, where it is the lower one,
+    and the request's id where vLLM takes it from the body."""
     endpoint = GENERATING.get(scope["path"])
     if endpoint is None or scope["method"] != "POST":
         return {}

@@ -2,7 +2,7 @@
 
 import openai
 
-from tests.fleet.conftest import MODEL, RunningFleet
+from tests.fleet.conftest import MAX_MODEL_LEN, MODEL, RunningFleet
 
 CHAT = [{"role": "user", "content": "Count with me."}]
 # The tiny model may end early; these tests count tokens.
@@ -23,6 +23,17 @@ def test_chat_answers_and_counts_tokens(client: openai.OpenAI) -> None:
 def test_completion_answers(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="one two", max_tokens=5, extra_body=IGNORE_EOS)
     assert answer.usage.completion_tokens == 5
+
+
+def test_an_answer_for_which_the_prompt_leaves_less_room_than_asked_for_ends_with_the_context(
+    client: openai.OpenAI,
+) -> None:
+    long = [5] * (MAX_MODEL_LEN - 4)
+    answer = client.completions.create(model=MODEL, prompt=long, max_tokens=MAX_MODEL_LEN, extra_body=IGNORE_EOS)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (4, "length")
+    truncated = {"truncate_prompt_tokens": -1, **IGNORE_EOS}
+    answer = client.completions.create(model=MODEL, prompt=long * 2, max_tokens=9, extra_body=truncated)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (MAX_MODEL_LEN - 1, 1)
 
 
 def test_greedy_answers_repeat_whatever_replica_serves(client: openai.OpenAI) -> None:

@@ -72,6 +72,8 @@ def test_token_ids_are_counted_as_they_are() -> None:
 
 def test_a_truncated_prompt_counts_what_is_left() -> None:
     assert demand({"prompt": [1] * 500, "truncate_prompt_tokens": 20, "max_tokens": 5}) == (20, 25, 1)
+    assert demand({"prompt": [1] * 500, "truncate_prompt_tokens": -1, "max_tokens": 5}) == (99, 100, 1)
+    assert demand({"prompt": [1] * 50, "truncate_prompt_tokens": -1, "max_tokens": 5}) == (50, 55, 1)
 
 
 class Clueless(Words):
@@ -142,9 +144,16 @@ def test_a_tier_bounds_what_is_only_estimated_too(endpoint: Endpoint) -> None:
     assert 10 <= found.output_limit < 20
 
 
-def test_a_limit_that_exactly_fills_the_model_length_is_allowed() -> None:
-    assert demand({"messages": MESSAGES, "max_tokens": 95}) == (5, 100, 1)
-    assert "lower max_tokens to at most 95" in refused({"messages": MESSAGES, "max_tokens": 96})
+@pytest.mark.parametrize("asked", [95, 96, 100])
+def test_an_output_limit_for_which_the_prompt_leaves_no_room_ends_at_the_model_length_as_vllms_does(asked: int) -> None:
+    assert demand({"messages": MESSAGES, "max_tokens": asked}) == (5, 100, 1)
+    found = look({"messages": MESSAGES, "max_tokens": asked})
+    assert isinstance(found, Admissible)
+    assert found.output_limit is None  # vLLM cuts it itself
+
+
+def test_an_output_limit_above_the_model_length_is_refused() -> None:
+    assert "lower max_tokens to at most 95" in refused({"messages": MESSAGES, "max_tokens": 101})
 
 
 def test_a_prompt_that_leaves_no_room_for_output_is_refused() -> None:
@@ -186,12 +195,15 @@ def test_a_tier_bounds_the_context_and_is_named_when_it_does() -> None:
     assert (found.demand.tier, found.demand.tenant) == ("small", "abc")
     # vLLM knows nothing of tiers: the replica tells it the limit.
     assert found.output_limit == 15
-    refusal = look({"messages": MESSAGES, "max_tokens": 16}, tenant, tier)
+    found = look({"messages": MESSAGES, "max_tokens": 16}, tenant, tier)
+    assert isinstance(found, Admissible)
+    assert (found.demand.total_tokens, found.output_limit) == (20, 15)
+    refusal = look({"messages": MESSAGES, "max_tokens": 21}, tenant, tier)
     assert isinstance(refusal, Answer)
     assert "max_context_tokens of tier small is 20" in refusal.message
 
 
-def test_a_limit_of_the_clients_own_is_left_as_it_is() -> None:
+def test_a_limit_of_the_clients_own_within_its_tiers_is_left_as_it_is() -> None:
     found = look({"messages": MESSAGES, "max_tokens": 3}, ANYONE, Tier(max_context_tokens=20))
     assert isinstance(found, Admissible)
     assert found.output_limit is None
