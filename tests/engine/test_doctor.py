@@ -125,6 +125,15 @@ def test_statistics_that_the_engine_measured_before_are_checked(
     assert sentence.startswith(f"{file} is not a file of query statistics")
 
 
+def test_statistics_that_are_missing_are_told_once_and_the_rest_is_checked(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_text(FLEET.format(model=tiny_model, statistics=tmp_path / "missing"))
+    code, _, figures = doctor(tmp_path, "-f", str(tmp_path / "fleet.yaml"))
+    assert code == 1
+    refused = [finding["subject"] for finding in figures["findings"] if finding["verdict"] == "refused"]
+    assert refused == ["policy"]
+    assert figures["figures"]["pool_blocks"] == 99
+
+
 def test_a_model_that_is_refused_and_why(tmp_path: Path) -> None:
     code, output, figures = doctor(tmp_path, "--model", str(save_mla_model(tmp_path / "model")))
     assert code == 1

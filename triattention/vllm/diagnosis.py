@@ -179,7 +179,7 @@ def _check_worker(diagnosis: Diagnosis, vllm_config: VllmConfig, config: Compres
     with diagnosis.refusing("layers"):
         specs = worker.get_kv_cache_spec()
     diagnosis.add("layers", _layers(specs))
-    if isinstance(config.statistics, Path):
+    if isinstance(config.statistics, Path) and diagnosis.served:  # else it is they that were refused
         compacted = [name for name, spec in specs.items() if isinstance(spec, CompactedAttentionSpec)]
         with diagnosis.refusing("policy"):
             QueryStatistics.load(
