@@ -68,7 +68,6 @@ def calibrate(
     """Measure a model's query statistics, which the triattention policy scores with."""
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     from triattention.calibration import check_outside
     from triattention.concentration import Concentration
@@ -90,7 +89,7 @@ def calibrate(
         said = f"--text is {text}, which is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8"
         console.print(said, style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except torch.OutOfMemoryError:

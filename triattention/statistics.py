@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import FalconConfig, PreTrainedConfig
 
@@ -120,7 +120,8 @@ class QueryStatistics:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
-        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+        # Not `save_file`, which keeps everybody else from reading it.
+        temporary.write_bytes(save(tensors, {_HEADER: json.dumps(header)}))
         temporary.replace(path)
 
     @classmethod

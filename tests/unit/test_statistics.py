@@ -111,6 +111,14 @@ def test_refuses_tensors_of_another_shape_than_the_header_says(path: Path) -> No
         QueryStatistics.load(path, llama())
 
 
+def test_others_may_read_the_file_as_any_that_is_written_here(path: Path) -> None:
+    """An image, or a volume, is filled by one user and read by another."""
+    random_statistics(qwen3()).save(path)
+    beside = path.with_name("beside")
+    beside.touch()
+    assert path.stat().st_mode == beside.stat().st_mode
+
+
 def test_refuses_a_missing_file(path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         QueryStatistics.load(path, llama())

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
@@ -109,7 +108,7 @@ def _folder(model: ModelConfig) -> Path:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(
             f"statistics is self, but {path.parent} cannot be written ({error}): set VLLM_CACHE_ROOT to a folder that "
             "can"
