@@ -69,14 +69,14 @@ def calibrate(
     import torch
     import transformers
 
-    from triattention.calibration import check_outside
+    from triattention.calibration import check_out
     from triattention.concentration import Concentration
     from triattention.upstream import import_statistics
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        check_outside(out, model)
+        check_out(out, model)
         config = _config(model, hf_overrides)
         if upstream is None:
             statistics = _measured(model, config, text, out, max_tokens, chunk_tokens, device)

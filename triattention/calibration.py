@@ -33,8 +33,10 @@ SHIPPED_TEXT = Path(__file__).parent / "text" / "reasoning.txt"
 """Worked problems, code, dialogue and prose, about 3,000 tokens: what is used where nobody brings a text."""
 
 
-def check_outside(out: Path, model: str | Path) -> None:
-    """Raises ValueError where statistics would be taken for weights of the model."""
+def check_out(out: Path, model: str | Path) -> None:
+    """Raises ValueError where statistics would be taken for weights of the model, or take the place of a device."""
+    if out.exists() and not out.is_file():
+        raise ValueError(f"out is {out}, which is no ordinary file, and would be replaced by one: name another")
     if out.resolve().parent == Path(model).resolve():
         raise ValueError(
             f"out is {out}, inside the model's folder, where vLLM would load it as weights: write it somewhere else"
@@ -73,7 +75,7 @@ def calibrate(
     if isinstance(text, Path) and not text.is_file():
         raise ValueError(f"there is no text file {text}: correct the path")
     if out is not None:
-        check_outside(out, model)
+        check_out(out, model)
     _check_device(device)
     config = config or read_config(model)
     rope = RopeParameters.from_config(config)

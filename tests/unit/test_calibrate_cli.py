@@ -1,6 +1,7 @@
 """`trifleet calibrate` as a user types it: what cannot be calibrated ends in one sentence."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ def test_a_device_that_nothing_has(model: Path, tmp_path: Path) -> None:
     code, output = command(model, tmp_path / "out", "--device", "foo")
     assert code == 1
     assert output.startswith("device is foo, which torch cannot use here (Expected one of cpu, cuda")
+
+
+def test_statistics_do_not_take_the_place_of_a_device_or_a_pipe(model: Path, tmp_path: Path) -> None:
+    """Their file is put where the old one was, which for /dev/null is the end of it."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    code, output = command(model, pipe)
+    assert code == 1
+    assert output.startswith(f"out is {pipe}, which is no ordinary file")
+    assert pipe.is_fifo()
 
 
 def test_a_text_that_is_not_utf_8_is_named(model: Path, tmp_path: Path) -> None:
