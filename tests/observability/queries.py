@@ -24,7 +24,6 @@ class Asked:
     where: str
     """"Dashboard / Panel" and the query's letter, or the rule's name."""
     expr: str
-    instant: bool
     legend: str = ""
 
     def __str__(self) -> str:
@@ -44,7 +43,7 @@ def panel_queries() -> Iterator[Asked]:
         for panel in panels_of(dashboard):
             for target in panel["targets"]:
                 where = f"{dashboard['title']} / {panel['title']}, {target['refId']}"
-                yield Asked("panel", where, target["expr"], target.get("instant", False), target["legendFormat"])
+                yield Asked("panel", where, target["expr"], target["legendFormat"])
 
 
 def variable_queries() -> Iterator[Asked]:
@@ -56,7 +55,7 @@ def variable_queries() -> Iterator[Asked]:
                 selector, label = call.rsplit(", ", 1)
                 where = f"{dashboard['title']} / ${variable['name']}"
                 matchers = f'{selector[:-1]}, {label}!=""}}' if selector.endswith("}") else f'{selector}{{{label}!=""}}'
-                yield Asked("variable", where, f"group by ({label}) ({matchers})", True)
+                yield Asked("variable", where, f"group by ({label}) ({matchers})")
 
 
 def rules() -> list[dict[str, Any]]:
@@ -67,11 +66,11 @@ def rule_queries() -> Iterator[Asked]:
     """Alerts stay silent in a healthy fleet, so what they compare is asked for as well."""
     for rule in rules():
         if "record" in rule:
-            yield Asked("recording rule", rule["record"], rule["expr"], True)
+            yield Asked("recording rule", rule["record"], rule["expr"])
             continue
-        yield Asked("alert", rule["alert"], rule["expr"], True)
+        yield Asked("alert", rule["alert"], rule["expr"])
         for operand in _operands(promql_parser.parse(rule["expr"])):
-            yield Asked("alert operand", rule["alert"], operand.prettify(), True)
+            yield Asked("alert operand", rule["alert"], operand.prettify())
 
 
 def unit_tested_rules() -> set[str]:

@@ -43,19 +43,18 @@ def test_every_label_of_a_legend_is_in_the_series(watched):
                 assert label in series["metric"], query.where
 
 
-@pytest.mark.parametrize("instant", [True, False])
 @pytest.mark.parametrize(
     "expr", ["trifleet_no_such_metric", 'trifleet_free_blocks{model="no such model"}', "vector(0) / 0"]
 )
-def test_no_series_and_nothing_but_nan_count_as_empty(watched, expr, instant):
+def test_no_series_and_nothing_but_nan_count_as_empty(watched, expr):
     server, start, end = watched
-    assert not has_data(server, Asked("panel", "test", expr, instant), VALUES, start, end)
+    assert not has_data(server, Asked("panel", "test", expr), VALUES, start, end)
 
 
 def test_a_query_that_prometheus_refuses_is_an_error_and_not_an_empty_panel(watched):
     server, start, end = watched
     with pytest.raises(AssertionError, match="does not run rate"):
-        has_data(server, Asked("panel", "test", "rate(trifleet_free_blocks)", True), VALUES, start, end)
+        has_data(server, Asked("panel", "test", "rate(trifleet_free_blocks)"), VALUES, start, end)
 
 
 def test_without_prometheus_and_the_right_to_install_it_there_is_a_sentence(monkeypatch):
