@@ -131,6 +131,7 @@ def build(settings: FleetSettings) -> Application:
         Router,
         name=ROUTER,
         max_ongoing_requests=UNLIMITED,
+        max_surge_percent=100,  # a change of settings starts the new ones first: without any, requests go unbooked
         # A line for each question of HAProxy says nothing that the replica's line for the request does not.
         logging_config=LoggingConfig(enable_access_log=False),
         ray_actor_options={"num_cpus": 0},
