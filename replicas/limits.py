@@ -80,7 +80,20 @@ def check_body(body: dict[str, Any], limits: RequestLimits) -> Answer | None:
     if not isinstance(body.get("structured_outputs", {}), dict | None):
         # vLLM's own check stumbles over it: 500.
         return Answer(400, "BadRequestError", "structured_outputs is not an object: send {...}.", "structured_outputs")
+    items = body.get("input")
+    for index, item in enumerate(items if isinstance(items, list) else []):
+        if _lacks_text(item):  # vLLM takes the text of its first part without a look: 500
+            message = f"input[{index}] is an answer of the assistant without text: leave it out."
+            return Answer(400, "BadRequestError", message, "input")
     return None
+
+
+def _lacks_text(item: Any) -> bool:
+    """Of a response's input: is it a former answer that has no text at its beginning?"""
+    if not isinstance(item, dict) or item.get("role") != "assistant" or not isinstance(item.get("content"), list):
+        return False
+    content = item["content"]
+    return not content or (isinstance(content[0], dict) and content[0].get("type") == "refusal")
 
 
 def _length(value: Any) -> int:

@@ -334,6 +334,17 @@ async def test_a_body_is_taken_at_a_limit_and_refused_one_over(at, over, name):
     assert len(refused.message) < 200
 
 
+@pytest.mark.parametrize("content", [[], [{"type": "refusal", "refusal": "no"}]])
+def test_a_former_answer_without_text_is_refused_before_vllm_stumbles_over_it(content):
+    answer = {"type": "message", "role": "assistant", "id": "", "status": "completed", "content": content}
+    refused = check_body({"input": ["hi", answer]}, SMALL)
+    assert (refused.status, refused.param) == (400, "input")
+    assert "input[1] is an answer of the assistant without text" in refused.message
+    text = {"type": "output_text", "text": "yes"}
+    for item in ({**answer, "content": [text]}, {**answer, "content": "yes"}, {**answer, "role": "user"}):
+        assert check_body({"input": [item]}, SMALL) is None
+
+
 def test_structured_outputs_that_are_no_object_are_refused_before_vllm_stumbles_over_them():
     assert check_body({"structured_outputs": {"regex": "a"}}, SMALL) is None
     assert check_body({"structured_outputs": None}, SMALL) is None
